@@ -1,0 +1,1 @@
+"""asyncembed: streams of texts in, one embedding per text out."""

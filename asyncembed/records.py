@@ -1,0 +1,133 @@
+"""The frozen records that travel through the pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatVector = npt.NDArray[np.float32]
+TokenIds = npt.NDArray[np.int32]
+
+
+def text_id(text: str) -> str:
+    """The name of a text: SHA-256 of its UTF-8 bytes in hex, 64 characters.
+
+    Lone surrogates are encoded as they stand (`surrogatepass`), so every `str` has an id.
+    """
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text as a source gives it.
+
+    Attributes:
+        text: What to embed.
+        key: The caller's own name for it; kept in the index, many keys may lead to one text.
+        line: The line of the input file it begins at, counted from 1; None outside files.
+    """
+
+    text: str
+    key: str | None = None
+    line: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An item of the input that cannot be a text.
+
+    Attributes:
+        reason: Why, for a person.
+        key: The caller's own name for it, where there is one.
+        line: The line of the input file it begins at, counted from 1; None outside files.
+        content: What was read of it, for `errors.jsonl`.
+        skipped: True for a row of a file that the user asked to skip: counted, never a record.
+            False for an item of an iterable: it becomes a failed record.
+    """
+
+    reason: str
+    key: str | None = None
+    line: int | None = None
+    content: str | None = None
+    skipped: bool = False
+
+
+SourceItem = Text | Rejected
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """A piece of a text that the model takes in one row.
+
+    Attributes:
+        owner: The number of the text within the engine, unique while it is in flight.
+        ordinal: Position among the chunks of its text, from 0.
+        text: The piece itself, without the prompt.
+        start: Where it begins in the text, in characters.
+        ids: Token ids with prompt and special tokens, shape `(length,)` int32: exactly a row of the model's input.
+        n_tokens: Tokens without prompt and special tokens: the chunk's weight in the average.
+        priority: Class of urgency; lower is sooner.
+    """
+
+    owner: int
+    ordinal: int
+    text: str
+    start: int
+    ids: TokenIds
+    n_tokens: int
+    priority: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row, prompt and special tokens included."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddedChunk:
+    """A chunk with its vector, as it is stored.
+
+    Attributes:
+        text: The piece of the text.
+        start: Where it begins in the text, in characters.
+        n_tokens: Its tokens without prompt and special tokens.
+        embedding: Shape `(dim,)` float32. For the only chunk of a text it is the text's own vector.
+    """
+
+    text: str
+    start: int
+    n_tokens: int
+    embedding: FloatVector
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddedText:
+    """One result: every text of the input gives exactly one.
+
+    Attributes:
+        id: `text_id` of the text; empty for an item that is no text.
+        index: Position in the input, from 0.
+        key: The caller's own name for it.
+        text: The text; empty for an item that is no text.
+        embedding: Shape `(dim,)` float32, or None: it could not be made (`error` says why), or was not asked
+            for (a job that only fills its folder does not read back what is there).
+        chunks: The pieces it was embedded in, in order; one for most texts.
+        n_tokens: Tokens of the text without prompt and special tokens, as embedded.
+        error: Why there is no embedding, for a person; None if all went well.
+        cached: True if an earlier run had made it.
+        place: Where it stood in the input (`file.csv:12`), for failed texts of files.
+    """
+
+    id: str
+    index: int
+    key: str | None
+    text: str
+    embedding: FloatVector | None
+    chunks: tuple[EmbeddedChunk, ...] = ()
+    n_tokens: int = 0
+    error: str | None = None
+    cached: bool = False
+    place: str | None = None

@@ -1,0 +1,70 @@
+"""One named thread that does blocking work for the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+import anyio
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class WorkerThread:
+    """An executor of exactly one thread, created, named and shut down here.
+
+    Because there is one thread, calls never overlap, even when the task that awaits one is cancelled: the call
+    under way runs to its end and the next begins after it. The thread starts with the first call.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._pending: set[Future[Any]] = set()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<WorkerThread {self.name!r} pending={len(self._pending)}{' closed' if self._closed else ''}>"
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """The executor itself, for libraries that take one."""
+        return self._executor
+
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Queue a call and return its future at once."""
+        future = self._executor.submit(function, *args, **kwargs)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `function` in the thread and await its result.
+
+        Cancellation stops the waiting. A call that had begun runs to its end and its result is dropped; one that
+        had not is never made.
+        """
+        return await asyncio.wrap_future(self.submit(function, *args, **kwargs))
+
+    async def aclose(self) -> None:
+        """Drop the calls that have not begun, wait for the one under way, and end the thread. Idempotent.
+
+        Cancelled while waiting, it leaves the thread to end by itself after its last call.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for future in list(self._pending):
+            future.cancel()
+        last = self._executor.submit(_nothing)
+        self._executor.shutdown(wait=False)
+        with anyio.CancelScope(shield=True):
+            await asyncio.wrap_future(last)
+        self._executor.shutdown(wait=True)  # the thread has nothing left to do: this join takes microseconds
+
+
+def _nothing() -> None:
+    """The last call of a thread: when it returns, all before it have."""
