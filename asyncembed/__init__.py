@@ -1,1 +1,81 @@
-"""asyncembed: streams of texts in, one embedding per text out."""
+"""asyncembed: streams of texts in, one embedding per text out, resumable and bounded in memory."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asyncembed.encoders import Encoder as Encoder
+    from asyncembed.encoders import load_encoder as load_encoder
+    from asyncembed.errors import AsyncEmbedError as AsyncEmbedError
+    from asyncembed.errors import ClosedError as ClosedError
+    from asyncembed.errors import CorruptRecordError as CorruptRecordError
+    from asyncembed.errors import ModelError as ModelError
+    from asyncembed.errors import ModelOutOfMemoryError as ModelOutOfMemoryError
+    from asyncembed.errors import OptionsError as OptionsError
+    from asyncembed.errors import SourceError as SourceError
+    from asyncembed.errors import StoreError as StoreError
+    from asyncembed.errors import StoreLockedError as StoreLockedError
+    from asyncembed.errors import StoreMismatchError as StoreMismatchError
+    from asyncembed.generator import EmbeddingGenerator as EmbeddingGenerator
+    from asyncembed.limits import TokenLimitEstimator as TokenLimitEstimator
+    from asyncembed.options import EmbedOptions as EmbedOptions
+    from asyncembed.records import Batch as Batch
+    from asyncembed.records import Chunk as Chunk
+    from asyncembed.records import EmbeddedChunk as EmbeddedChunk
+    from asyncembed.records import EmbeddedText as EmbeddedText
+    from asyncembed.records import Text as Text
+    from asyncembed.records import text_id as text_id
+    from asyncembed.sinks import StoredEmbeddings as StoredEmbeddings
+    from asyncembed.sinks import StoredText as StoredText
+    from asyncembed.sinks import open_embeddings as open_embeddings
+    from asyncembed.sources import read_texts as read_texts
+    from asyncembed.stream import EmbedStream as EmbedStream
+    from asyncembed.stream import embed_stream as embed_stream
+    from asyncembed.summary import Summary as Summary
+
+# Public names by their module, imported when first used: `import asyncembed` costs next to nothing.
+_PUBLIC = {
+    "encoders": ("Encoder", "load_encoder"),
+    "errors": (
+        "AsyncEmbedError",
+        "ClosedError",
+        "CorruptRecordError",
+        "ModelError",
+        "ModelOutOfMemoryError",
+        "OptionsError",
+        "SourceError",
+        "StoreError",
+        "StoreLockedError",
+        "StoreMismatchError",
+    ),
+    "generator": ("EmbeddingGenerator",),
+    "limits": ("TokenLimitEstimator",),
+    "options": ("EmbedOptions",),
+    "records": ("Batch", "Chunk", "EmbeddedChunk", "EmbeddedText", "Text", "text_id"),
+    "sinks": ("StoredEmbeddings", "StoredText", "open_embeddings"),
+    "sources": ("read_texts",),
+    "stream": ("EmbedStream", "embed_stream"),
+    "summary": ("Summary",),
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = [  # noqa: PLE0604  # a list made of the table above, so that no name is kept twice
+    "__version__",
+    *_MODULE_OF,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("asyncembed")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

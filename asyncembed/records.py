@@ -131,3 +131,38 @@ class EmbeddedText:
     error: str | None = None
     cached: bool = False
     place: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Chunks that run together, padded to the longest of them.
+
+    Attributes:
+        chunks: The rows.
+        born: Age stamp of the oldest of them, kept when they go back into the heap.
+    """
+
+    chunks: tuple[Chunk, ...]
+    born: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(chunk.length for chunk in self.chunks)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Rows × longest: what the device computes."""
+        return len(self.chunks) * self.longest
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of all rows without padding, prompt and special tokens included."""
+        return sum(chunk.length for chunk in self.chunks)
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The batch in two, each with at least one row; its rows must be two or more."""
+        middle = len(self.chunks) // 2
+        if middle == 0:
+            raise AssertionError("a batch of one chunk has no halves: this is a bug")
+        return Batch(self.chunks[:middle], self.born), Batch(self.chunks[middle:], self.born)

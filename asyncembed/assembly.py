@@ -1,0 +1,148 @@
+"""Chunk vectors into one vector a text: pure.
+
+A text of one chunk keeps that chunk's vector as it is; more chunks are averaged, weighted by their tokens, so that
+every token of the text counts the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from asyncembed.encoders.base import FloatMatrix
+from asyncembed.records import Chunk, EmbeddedChunk, FloatVector
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assembled:
+    """A text that is done with the model.
+
+    Attributes:
+        owner: The text's number within the engine.
+        embedding: Shape `(dim,)` float32; None if `error` is set.
+        chunks: The pieces with their vectors, in order; empty if `error` is set.
+        n_tokens: Tokens of the chunks.
+        error: Why there is no embedding.
+    """
+
+    owner: int
+    embedding: FloatVector | None
+    chunks: tuple[EmbeddedChunk, ...] = ()
+    n_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    missing: int
+    chunks: list[EmbeddedChunk | None] = field(default_factory=list)
+
+
+def weighted_average(vectors: FloatMatrix, weights: Sequence[int]) -> FloatVector:
+    """The mean of `vectors`, shape `(n, dim)`, weighted by `weights`: shape `(dim,)` float32, summed in float64."""
+    mean = np.average(vectors, axis=0, weights=np.asarray(weights, np.float64))
+    return np.asarray(mean, np.float32)
+
+
+def normalized(vectors: FloatMatrix) -> FloatMatrix:
+    """Rows of shape `(n, dim)` scaled to length 1; a zero row stays zero."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: FloatMatrix = (vectors / np.maximum(lengths, 1e-12)).astype(np.float32, copy=False)
+    return scaled
+
+
+def defect(vector: FloatVector) -> str | None:
+    """What is wrong with a vector that must not be stored; None if nothing is."""
+    if np.isnan(vector).any():
+        return "the model returned NaN for it"
+    if np.isinf(vector).any():
+        return "the model returned infinity for it"
+    if not vector.any():
+        return "the model returned a vector of zeros for it"
+    return None
+
+
+class Assembler:
+    """Collects the vectors of each text's chunks and gives the text when the last has come.
+
+    Args:
+        normalize: Scale vectors of chunks and texts to length 1.
+        truncate_dim: Keep the first dimensions only, before scaling.
+    """
+
+    def __init__(self, *, normalize: bool = False, truncate_dim: int | None = None) -> None:
+        self._normalize = normalize
+        self._truncate_dim = truncate_dim
+        self._open: dict[int, _Open] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __repr__(self) -> str:
+        return f"<Assembler open={len(self)}>"
+
+    def expect(self, owner: int, n_chunks: int) -> None:
+        """A text's chunks are on their way."""
+        self._open[owner] = _Open(n_chunks, [None] * n_chunks)
+
+    def add(self, chunks: Sequence[Chunk], vectors: FloatMatrix) -> list[Assembled]:
+        """The vectors of a batch have come: shape `(len(chunks), dim)`.
+
+        Returns:
+            The texts that are done now: complete, or failed by a vector that is NaN, infinite or zero.
+        """
+        if len(vectors) != len(chunks):
+            raise AssertionError(f"{len(chunks)} rows went in and {len(vectors)} came out: this is a bug")
+        if self._truncate_dim is not None:
+            vectors = vectors[:, : self._truncate_dim]
+        if self._normalize:
+            vectors = normalized(vectors)
+        sound = np.logical_and(np.isfinite(vectors).all(axis=1), vectors.any(axis=1)).tolist()
+        done: list[Assembled] = []
+        for chunk, vector, is_sound in zip(chunks, vectors, sound, strict=True):
+            finished = self._add_one(chunk, vector.copy()) if is_sound else self.fail(chunk.owner, defect(vector))
+            if finished is not None:
+                done.append(finished)
+        return done
+
+    def fail(self, owner: int, error: str | None) -> Assembled | None:
+        """One of a text's chunks failed: the text is done, without a vector. None if it was done already."""
+        if self._open.pop(owner, None) is None:
+            return None
+        return Assembled(owner, None, error=error)
+
+    def discard(self, owner: int) -> None:
+        """Nobody waits for the text any more."""
+        self._open.pop(owner, None)
+
+    def clear(self) -> None:
+        """Forget all that is open."""
+        self._open.clear()
+
+    def _add_one(self, chunk: Chunk, vector: FloatVector) -> Assembled | None:
+        text = self._open.get(chunk.owner)
+        if text is None:
+            return None  # failed or discarded while this chunk was under way
+        text.chunks[chunk.ordinal] = EmbeddedChunk(chunk.text, chunk.start, chunk.n_tokens, vector)
+        text.missing -= 1
+        if text.missing:
+            return None
+        del self._open[chunk.owner]
+        chunks = tuple(piece for piece in text.chunks if piece is not None)
+        if len(chunks) != len(text.chunks):
+            raise AssertionError("a chunk came twice and another never: this is a bug")
+        return self._finish(chunk.owner, chunks)
+
+    def _finish(self, owner: int, chunks: tuple[EmbeddedChunk, ...]) -> Assembled:
+        if len(chunks) == 1:
+            embedding = chunks[0].embedding
+        else:
+            vectors = np.stack([chunk.embedding for chunk in chunks])
+            embedding = weighted_average(vectors, [chunk.n_tokens for chunk in chunks])
+            if self._normalize:
+                embedding = normalized(embedding[np.newaxis])[0]
+            if (wrong := defect(embedding)) is not None:
+                return Assembled(owner, None, error=f"the average of its {len(chunks)} chunks is unusable: {wrong}")
+        return Assembled(owner, embedding, chunks, sum(chunk.n_tokens for chunk in chunks))

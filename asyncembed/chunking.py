@@ -1,0 +1,296 @@
+"""Texts into chunks with token ids, none longer than the model takes.
+
+Each text is tokenised once, a whole micro-batch in one call. A text that fits is one chunk and its ids go straight
+to the model; only longer ones are split. No token is ever cut in silence: what `long_texts="truncate"` drops is
+counted, and what the tokenizer does not know is counted too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+
+from asyncembed.encoders.base import Tokenized, Tokenizer
+from asyncembed.errors import OptionsError
+from asyncembed.options import LongTexts
+from asyncembed.records import Chunk
+
+_SEPARATORS = ["\n\n", "\n", "。", "！", "？", "।", ". ", " "]
+"""Where a long text may be cut, best first. What is still too long then is cut between tokens."""
+
+_SECTION_CHARS = 1 << 16
+"""A very long text goes to the splitter in sections, so that its lists stay small."""
+
+_MEMO_CHARS = 24
+_MEMO_ENTRIES = 1 << 16
+_PROBE_TEXT = "One sentence, and another one. A line\nand a paragraph\n\n" * 60
+
+
+class _UncuttableError(Exception):
+    """A piece of one character is still longer than a chunk."""
+
+
+class TextSplitter(Protocol):
+    """What is used of a LangChain text splitter."""
+
+    def split_text(self, text: str) -> list[str]:
+        """The text in pieces, in order."""
+        ...
+
+
+class TokenCounter:
+    """Counts the tokens of a text, without special tokens and prompt: a `length_function` for a splitter.
+
+    Args:
+        tokenizer: A tokenizer that only the calling thread uses.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._memo: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        """Tokens of `text`."""
+        known = self._memo.get(text)
+        if known is not None:
+            return known
+        n_tokens = self._tokenizer.tokenize([text])[0].n_content
+        if len(text) <= _MEMO_CHARS and len(self._memo) < _MEMO_ENTRIES:
+            self._memo[text] = n_tokens
+        return n_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedText:
+    """What became of a text.
+
+    Attributes:
+        chunks: In order; empty if `error` is set.
+        n_tokens: Tokens of the chunks, without special tokens and prompt.
+        dropped_tokens: Tokens cut off by `long_texts="truncate"`.
+        unknown_tokens: Tokens that the model's vocabulary does not know.
+        error: Why the text cannot be embedded; None if it can.
+    """
+
+    chunks: tuple[Chunk, ...] = ()
+    n_tokens: int = 0
+    dropped_tokens: int = 0
+    unknown_tokens: int = 0
+    error: str | None = None
+
+
+class Chunker:
+    """Turns texts into chunks. Used by one thread.
+
+    Args:
+        tokenizer: A tokenizer that only that thread uses.
+        max_tokens: Most tokens of a row, special tokens and prompt included.
+        prompt: Put before every chunk.
+        chunk_size: Most tokens of a chunk without special tokens and prompt; None takes what the model takes.
+        chunk_overlap: Tokens that neighbouring chunks share.
+        long_texts: What becomes of a text longer than a chunk.
+        splitter: Splits long texts; None makes a `RecursiveCharacterTextSplitter` at the first of them. One whose
+            `length_function` is this chunker's `count` is asked only for texts longer than its own chunk size; any
+            other is asked for every text.
+
+    Raises:
+        OptionsError: The prompt leaves no room for a text, or `chunk_size` is more than the model takes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        *,
+        prompt: str = "",
+        chunk_size: int | None = None,
+        chunk_overlap: int = 0,
+        long_texts: LongTexts = "average",
+        splitter: TextSplitter | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.count = TokenCounter(tokenizer)
+        probe, bare = tokenizer.tokenize([prompt + "a", "a"])
+        self._n_special = bare.n_prefix + bare.n_suffix
+        self._n_prompt = probe.n_content - bare.n_content
+        self._prompt = prompt
+        room = max_tokens - self._n_special - self._n_prompt
+        if room < 1:
+            raise OptionsError(f"the prompt takes {self._n_prompt} tokens, and the model only {max_tokens} in all")
+        if chunk_size is not None and chunk_size > room:
+            raise OptionsError(
+                f"chunk_size={chunk_size} is more than the {room} tokens the model takes "
+                f"({max_tokens} less {self._n_special} special and {self._n_prompt} of the prompt)"
+            )
+        self.chunk_size = chunk_size if chunk_size is not None else room
+        self.chunk_overlap = min(chunk_overlap, self.chunk_size - 1)
+        self.long_texts = long_texts
+        self._splitter = splitter
+        self._own_splitter: TextSplitter | None = None
+        self._fits = self.chunk_size
+        self._ask_always = False
+        if splitter is not None:
+            counts_tokens = isinstance(getattr(splitter, "_length_function", None), TokenCounter)
+            self._ask_always = not counts_tokens
+            self._fits = min(self.chunk_size, getattr(splitter, "_chunk_size", self.chunk_size))
+
+    def chunk(self, texts: Sequence[tuple[int, str, int]]) -> list[ChunkedText]:
+        """Chunks of a micro-batch of texts, given as (owner, text, priority): one result each, in order."""
+        tokenized = self._tokenize([text for _, text, _ in texts])
+        return [
+            ChunkedText(error=found) if isinstance(found, str) else self._chunk_one(owner, text, priority, found)
+            for (owner, text, priority), found in zip(texts, tokenized, strict=True)
+        ]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of the chunking changes a vector: settings, and the splitter's class, attributes and its work."""
+        found: dict[str, Any] = {
+            "chunk_size": self.chunk_size,
+            "chunk_overlap": self.chunk_overlap,
+            "long_texts": self.long_texts,
+        }
+        if self._splitter is not None:
+            plain = {
+                name: value
+                for name, value in sorted(vars(self._splitter).items())
+                if isinstance(value, (str, int, float, bool, list, tuple, type(None)))
+            }
+            pieces = self._splitter.split_text(_PROBE_TEXT)
+            facts = json.dumps([plain, pieces], sort_keys=True, default=str)
+            digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+            found["splitter"] = f"{type(self._splitter).__qualname__} {digest}"
+        return found
+
+    def _tokenize(self, texts: list[str]) -> list[Tokenized | str]:
+        """Token ids of each text with prompt, or why the tokenizer refused it."""
+        try:
+            return list(self._tokenizer.tokenize([self._prompt + text for text in texts]))
+        except MemoryError:
+            raise
+        except Exception as error:
+            if len(texts) > 1:
+                return [found for text in texts for found in self._tokenize([text])]
+            if any("\ud800" <= character <= "\udfff" for character in texts[0]):
+                return ["the text holds a lone surrogate, which no tokenizer takes"]
+            return [f"the tokenizer refused the text: {type(error).__name__}: {error}"]
+
+    def _chunk_one(self, owner: int, text: str, priority: int, found: Tokenized) -> ChunkedText:
+        n_tokens = found.n_content - self._n_prompt
+        if n_tokens <= 0 or not text.strip():
+            return ChunkedText(error="the text has no tokens")
+        if found.n_unknown >= n_tokens:
+            return ChunkedText(
+                unknown_tokens=found.n_unknown,
+                error=f"the model's vocabulary knows none of the text's {n_tokens} tokens",
+            )
+        if n_tokens <= self._fits and not self._ask_always:
+            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority)
+            return ChunkedText((chunk,), n_tokens, unknown_tokens=found.n_unknown)
+        if self.long_texts == "average":
+            return self._split(owner, text, priority)
+        if n_tokens <= self.chunk_size:
+            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority)
+            return ChunkedText((chunk,), n_tokens, unknown_tokens=found.n_unknown)
+        if self.long_texts == "error":
+            return ChunkedText(error=f"the text has {n_tokens} tokens; a chunk takes {self.chunk_size}")
+        return self._truncate(owner, text, priority, found)
+
+    def _truncate(self, owner: int, text: str, priority: int, found: Tokenized) -> ChunkedText:
+        """The first tokens, the special ones kept at both ends: what the model's own truncation gives."""
+        keep = found.n_prefix + self._n_prompt + self.chunk_size
+        suffix = found.ids[len(found.ids) - found.n_suffix :]
+        ids = np.concatenate((found.ids[:keep], suffix))
+        dropped = found.n_content - self._n_prompt - self.chunk_size
+        chunk = Chunk(owner, 0, text, 0, ids, self.chunk_size, priority)
+        return ChunkedText((chunk,), self.chunk_size, dropped, found.n_unknown)
+
+    def _split(self, owner: int, text: str, priority: int) -> ChunkedText:
+        try:
+            return self._split_into_chunks(owner, text, priority)
+        except _UncuttableError as error:
+            return ChunkedText(error=str(error))
+
+    def _split_into_chunks(self, owner: int, text: str, priority: int) -> ChunkedText:
+        chunks: list[Chunk] = []
+        at, unknown = 0, 0
+        for piece in self._pieces(text):
+            start = text.find(piece, at)
+            start = at if start < 0 else start  # a splitter may rewrite its pieces
+            at = start + 1
+            for offset, part, found in self._fitting(piece):
+                n_tokens = found.n_content - self._n_prompt
+                if n_tokens > 0:
+                    unknown += found.n_unknown
+                    chunks.append(Chunk(owner, len(chunks), part, start + offset, found.ids, n_tokens, priority))
+        n_tokens = sum(chunk.n_tokens for chunk in chunks)
+        if not chunks:
+            return ChunkedText(error="the splitter left nothing of the text")
+        if unknown >= n_tokens:
+            return ChunkedText(unknown_tokens=unknown, error="the model's vocabulary knows none of the text's tokens")
+        return ChunkedText(tuple(chunks), n_tokens, unknown_tokens=unknown)
+
+    def _pieces(self, text: str) -> list[str]:
+        splitter = self._splitter
+        if splitter is None:
+            splitter = self._splitter_of_our_own()
+        if self._ask_always:
+            return splitter.split_text(text)
+        return [piece for section in _sections(text) for piece in splitter.split_text(section)]
+
+    def _splitter_of_our_own(self) -> TextSplitter:
+        if self._own_splitter is None:
+            from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+            self._own_splitter = RecursiveCharacterTextSplitter(
+                separators=_SEPARATORS,
+                keep_separator="end",
+                chunk_size=self.chunk_size,
+                chunk_overlap=self.chunk_overlap,
+                length_function=self.count,
+            )
+        return self._own_splitter
+
+    def _fitting(self, piece: str) -> list[tuple[int, str, Tokenized]]:
+        """The piece, or if it is too long its parts, cut between tokens: offset, part, and its tokens."""
+        fitting: list[tuple[int, str, Tokenized]] = []
+        waiting = [(0, piece)]
+        while waiting:
+            offset, part = waiting.pop()
+            found = self._tokenizer.tokenize([self._prompt + part])[0]
+            if found.n_content - self._n_prompt <= self.chunk_size:
+                fitting.append((offset, part, found))
+                continue
+            if len(part) < 2:
+                raise _UncuttableError(f"one character has {found.n_content} tokens; a chunk takes {self.chunk_size}")
+            cuts = self._cuts(part, found.n_content - self._n_prompt)
+            waiting += [(offset + start, part[start:stop]) for start, stop in reversed(cuts)]
+        return fitting
+
+    def _cuts(self, part: str, n_tokens: int) -> list[tuple[int, int]]:
+        """Spans of `part`, which is too long, each of `chunk_size` tokens as tokenised in place.
+
+        Cut out of its place a piece may have some tokens more; then it is cut again, in halves.
+        """
+        starts = [start for start, _ in self._tokenizer.spans(part)]
+        step = self.chunk_size if len(starts) > self.chunk_size else max(1, n_tokens // 2)
+        inner = sorted({start for start in starts[step::step] if 0 < start < len(part)})
+        edges = [0, *(inner or [len(part) // 2]), len(part)]
+        return [(start, stop) for start, stop in pairwise(edges) if start < stop]
+
+
+def _sections(text: str) -> list[str]:
+    """A very long text in parts of some 65,000 characters, cut where a paragraph, line or word ends."""
+    sections, at = [], 0
+    while len(text) - at > _SECTION_CHARS:
+        ends = (text.rfind(mark, at + _SECTION_CHARS // 2, at + _SECTION_CHARS) for mark in ("\n\n", "\n", " "))
+        end = next((end for end in ends if end > 0), at + _SECTION_CHARS - 1) + 1
+        sections.append(text[at:end])
+        at = end
+    sections.append(text[at:])
+    return sections

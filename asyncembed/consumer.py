@@ -1,0 +1,283 @@
+"""The consumer: keeps the one thread that owns the model busy, backs off when memory runs out, isolates poison."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from asyncembed.encoders.base import Encoder, FloatMatrix
+from asyncembed.encoders.failures import FailureKind, classify
+from asyncembed.errors import ModelError
+from asyncembed.heap import ChunkHeap
+from asyncembed.records import Batch, Chunk
+from asyncembed.threads import WorkerThread
+
+logger = logging.getLogger("asyncembed")
+
+BROKEN_AFTER = 16
+"""Chunks that fail alone, one after the other and none passing between them, before the model counts as broken."""
+
+FULL = 0.9
+"""A prepared batch this full of useful tokens is not chosen anew when more chunks arrive."""
+
+
+class LimitEstimator(Protocol):
+    """What the consumer asks of a `TokenLimitEstimator` or its replacement."""
+
+    def __call__(self) -> int:
+        """The current limit of a batch in padded tokens."""
+        ...
+
+    def succeed(self, n_tokens: int, seconds: float | None = None) -> None:
+        """A batch of so many padded tokens ran."""
+        ...
+
+    def fail(self, n_tokens: int) -> None:
+        """A batch of so many padded tokens ran out of memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What became of a batch in the model's thread.
+
+    Attributes:
+        batch: The batch.
+        vectors: Shape `(rows, dim)` float32; None if it failed.
+        seconds: How long it took.
+        kind: What kind of failure it was.
+        error: The failure.
+    """
+
+    batch: Batch
+    vectors: FloatMatrix | None
+    seconds: float
+    kind: FailureKind | None = None
+    error: BaseException | None = None
+
+
+@dataclass(slots=True)
+class ConsumerStatistics:
+    """Totals since the start; tokens include prompt and special tokens."""
+
+    batches: int = 0
+    ooms: int = 0
+    row_tokens: int = 0
+    padded_tokens: int = 0
+    model_seconds: float = 0.0
+
+
+class ModelRunner:
+    """The work of the model's thread: batches in, outcomes out, as many under way as the encoder has slots."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._under_way: deque[tuple[Batch, object, float]] = deque()
+
+    def advance(self, batch: Batch | None) -> Outcome | None:
+        """Start `batch`, and finish the oldest one under way if all slots are taken or there is nothing to start."""
+        if batch is not None:
+            started = time.perf_counter()
+            try:
+                handle = self._encoder.start(batch)
+            except Exception as error:
+                failed = error
+            else:
+                self._under_way.append((batch, handle, started))
+                if len(self._under_way) < self._encoder.slots:
+                    return None
+                return self._finish_oldest()
+            return self._failure(batch, failed, started)
+        return self._finish_oldest() if self._under_way else None
+
+    def _finish_oldest(self) -> Outcome:
+        batch, handle, started = self._under_way.popleft()
+        try:
+            vectors = self._encoder.finish(handle)
+        except Exception as error:
+            failed = error
+        else:
+            return Outcome(batch, vectors, time.perf_counter() - started)
+        del handle
+        return self._failure(batch, failed, started)
+
+    def _failure(self, batch: Batch, error: Exception, started: float) -> Outcome:
+        """Called outside the `except` block, whose traceback would keep the batch's tensors alive."""
+        kind = classify(error)
+        if kind is FailureKind.OUT_OF_MEMORY:
+            traceback.clear_frames(error.__traceback__)
+            error.__traceback__ = error.__context__ = error.__cause__ = None
+            self._encoder.free_memory()
+        return Outcome(batch, None, time.perf_counter() - started, kind, error)
+
+
+class Consumer:
+    """Feeds the model from the heap until it is closed and all is done.
+
+    One batch more than the encoder has slots is kept ready, so that the model's thread never waits for the event
+    loop; while that one has not begun it is taken back and chosen anew when more chunks arrive and it is not full.
+
+    Args:
+        encoder: The model.
+        heap: Where chunks wait.
+        estimator: The limit of a batch.
+        max_rows: Most rows of a batch; None for no bound.
+        worker: The thread that owns the model.
+        on_embedded: Receives the chunks of a batch and their vectors, on the event loop.
+        on_failed: Receives a chunk that failed alone, and why, on the event loop.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        heap: ChunkHeap,
+        estimator: LimitEstimator,
+        *,
+        max_rows: int | None,
+        worker: WorkerThread,
+        on_embedded: Callable[[Batch, FloatMatrix], None],
+        on_failed: Callable[[Chunk, str], None],
+    ) -> None:
+        self.statistics = ConsumerStatistics()
+        self._encoder = encoder
+        self._heap = heap
+        self._estimator = estimator
+        self._max_rows = max_rows
+        self._worker = worker
+        self._runner = ModelRunner(encoder)
+        self._on_embedded = on_embedded
+        self._on_failed = on_failed
+        self._retries: deque[Batch] = deque()
+        self._submitted: deque[tuple[Batch, Future[Outcome | None]]] = deque()
+        self._n_under_way = 0
+        self._wake = asyncio.Event()
+        self._closed = False
+        self._failed_in_a_row = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Consumer submitted={len(self._submitted)} under_way={self._n_under_way} "
+            f"retries={len(self._retries)}{' closed' if self._closed else ''}>"
+        )
+
+    def notify(self) -> None:
+        """Chunks have arrived in the heap."""
+        if len(self._submitted) > self._encoder.slots and not self._is_full(self._submitted[-1][0]):
+            self._withdraw()
+        self._wake.set()
+
+    def close(self) -> None:
+        """No more chunks will come: `run` ends when all is done."""
+        self._closed = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Consume until closed and done.
+
+        Raises:
+            ModelError: The device is dead, or the model fails on every chunk it is given.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            self._submit_more(loop)
+            if not self._submitted:
+                if self._n_under_way == 0 and self._closed and not self._heap and not self._retries:
+                    return
+                if self._n_under_way:
+                    outcome = await self._worker.run(self._runner.advance, None)
+                    self._settle(outcome)
+                    continue
+            elif self._submitted[0][1].done():
+                _, future = self._submitted.popleft()
+                self._n_under_way += 1
+                self._settle(future.result())
+                continue
+            await self._wake.wait()
+            self._wake.clear()
+
+    def drop_waiting(self) -> None:
+        """Forget what has not begun: the heap, what was to be retried, and the batch kept ready."""
+        while len(self._submitted) > 1 and self._submitted[-1][1].cancel():
+            self._submitted.pop()
+        self._retries.clear()
+        self._heap.clear()
+
+    def _submit_more(self, loop: asyncio.AbstractEventLoop) -> None:
+        while len(self._submitted) <= self._encoder.slots and (batch := self._next()) is not None:
+            future = self._worker.submit(self._runner.advance, batch)
+            self._submitted.append((batch, future))
+            future.add_done_callback(lambda _: _call_soon(loop, self._wake.set))
+
+    def _next(self) -> Batch | None:
+        limit = max(1, self._estimator())
+        if not self._retries:
+            return self._heap.take(limit, self._max_rows)
+        batch = self._retries.popleft()
+        while len(batch.chunks) > 1 and batch.padded_tokens > limit:
+            batch, rest = batch.halves()
+            self._retries.appendleft(rest)
+        return batch
+
+    def _settle(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        self._n_under_way -= 1
+        batch, n_padded = outcome.batch, outcome.batch.padded_tokens
+        self.statistics.model_seconds += outcome.seconds
+        if outcome.vectors is not None:
+            self.statistics.batches += 1
+            self.statistics.row_tokens += batch.row_tokens
+            self.statistics.padded_tokens += n_padded
+            self._failed_in_a_row = 0
+            self._estimator.succeed(n_padded, outcome.seconds)
+            self._on_embedded(batch, outcome.vectors)
+            return
+        if outcome.error is None or outcome.kind is None:
+            raise AssertionError("a batch without vectors has an error: this is a bug")
+        # 1. The device is dead: stop. 2. Out of memory: a lower limit, and the batch in parts.
+        # 3. Anything else may be one text's fault: find it by halving.
+        if outcome.kind is FailureKind.FATAL:
+            raise ModelError(f"the device cannot go on: {outcome.error}") from outcome.error
+        if outcome.kind is FailureKind.OUT_OF_MEMORY:
+            self.statistics.ooms += 1
+            self._estimator.fail(n_padded)
+            logger.info("out of memory at %d padded tokens; the limit is %d now", n_padded, self._estimator())
+            self._withdraw()
+        if len(batch.chunks) > 1:
+            self._retries.extendleft(reversed(batch.halves()))
+        else:
+            self._fail_alone(batch.chunks[0], outcome.kind, outcome.error)
+
+    def _fail_alone(self, chunk: Chunk, kind: FailureKind, error: BaseException) -> None:
+        if kind is FailureKind.OUT_OF_MEMORY:
+            self._on_failed(chunk, f"a chunk of {chunk.length} tokens does not fit into memory even alone")
+            return
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= BROKEN_AFTER:
+            raise ModelError(
+                f"the model failed on {BROKEN_AFTER} chunks in a row, each alone, the last time with: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self._on_failed(chunk, f"the model failed on it: {type(error).__name__}: {error}")
+
+    def _withdraw(self) -> None:
+        """Take back batches that were kept ready and have not begun."""
+        while self._submitted and self._submitted[-1][1].cancel():
+            self._heap.put_back(self._submitted.pop()[0])
+
+    def _is_full(self, batch: Batch) -> bool:
+        rows_are_full = self._max_rows is not None and len(batch.chunks) >= self._max_rows
+        return rows_are_full or batch.row_tokens >= FULL * self._estimator()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # the loop was closed while the last call ran: nobody is left to be woken
+        loop.call_soon_threadsafe(callback)

@@ -1,0 +1,98 @@
+"""What the engine needs of a model: the protocols every backend fulfils."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from asyncembed.records import Batch, TokenIds
+
+FloatMatrix = npt.NDArray[np.float32]
+
+
+class Tokenized(NamedTuple):
+    """A text as token ids.
+
+    Attributes:
+        ids: With special tokens, shape `(length,)` int32, never truncated.
+        n_prefix: Special tokens before the content.
+        n_suffix: Special tokens after it.
+        n_unknown: Content tokens that are the unknown token.
+    """
+
+    ids: TokenIds
+    n_prefix: int
+    n_suffix: int
+    n_unknown: int
+
+    @property
+    def n_content(self) -> int:
+        """Tokens that are not special."""
+        return len(self.ids) - self.n_prefix - self.n_suffix
+
+
+class Tokenizer(Protocol):
+    """A tokenizer that one thread owns."""
+
+    def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
+        """All texts in one call. Raises what the library raises, for instance on lone surrogates."""
+        ...
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Start and stop of each content token of `text`, in characters."""
+        ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A model: rows of token ids in, vectors out.
+
+    `start` and `finish` are only ever called from one thread. A failure of either is an exception; out of memory
+    is told by `failures.classify`.
+
+    Attributes:
+        name: For a person.
+        device: Where it runs: `cpu`, `cuda:0`, ….
+        backend: What runs it: `torch`, ….
+        dtype: Precision: `float32`, ….
+        dim: Dimensions of a vector.
+        max_tokens: Most tokens of a row, prompt and special tokens included.
+        prompt: Put before every chunk; empty for none.
+        slots: Batches it can have under way at once.
+    """
+
+    name: str
+    device: str
+    backend: str
+    dtype: str
+    dim: int
+    max_tokens: int
+    prompt: str
+    slots: int
+
+    def tokenizer(self) -> Tokenizer:
+        """A tokenizer of the caller's own: sharing one between threads raises `Already borrowed`."""
+        ...
+
+    def start(self, batch: Batch) -> Any:
+        """Put a batch under way and return a handle."""
+        ...
+
+    def finish(self, handle: Any) -> FloatMatrix:
+        """Wait for a batch: shape `(rows, dim)` float32, a row for each chunk in order."""
+        ...
+
+    def free_memory(self) -> None:
+        """Give cached memory back, after a failure for lack of it."""
+        ...
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What of the model changes a vector: compared on resume."""
+        ...
+
+    def made_with(self) -> Mapping[str, Any]:
+        """Versions and the like: recorded, not compared."""
+        ...

@@ -1,0 +1,68 @@
+"""Tell what an exception from a model means: out of memory, a dead device, or something about the texts.
+
+The messages are those of the runtimes themselves; nothing else counts as out of memory, so that a real fault is
+never retried in silence.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from enum import Enum
+
+_MEMORY_MESSAGES = (
+    "cuda out of memory",
+    "hip out of memory",
+    "cuda error: out of memory",
+    "cuda driver error: out of memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "mps backend out of memory",
+    "xpu out of memory",
+    "ur_result_error_out_of_resources",
+    "defaultcpuallocator: can't allocate memory",
+    "defaultcpuallocator: not enough memory",
+    "std::bad_alloc",
+    "failed to allocate memory for requested buffer",
+    "exceeded max size of memory",
+)
+_FATAL_MESSAGES = ("illegal memory access", "device-side assert", "ur_result_error_device_lost")
+
+
+class FailureKind(Enum):
+    """What to do about a failed batch."""
+
+    OUT_OF_MEMORY = "out of memory"  # a smaller batch may pass
+    FATAL = "fatal"  # the device's context is dead: stop
+    OTHER = "other"  # perhaps one of the texts: bisect
+
+
+def classify(error: BaseException) -> FailureKind:
+    """What kind of failure an exception is; its causes and contexts are looked through as well."""
+    links = list(_chain(error))
+    if any(message in str(link).lower() for link in links for message in _FATAL_MESSAGES):
+        return FailureKind.FATAL
+    if any(_is_out_of_memory(link) for link in links):
+        return FailureKind.OUT_OF_MEMORY
+    return FailureKind.OTHER
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    text = str(error).lower()
+    return any(message in text for message in _MEMORY_MESSAGES)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        link = waiting.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        waiting += [link.__cause__, link.__context__]

@@ -1,0 +1,233 @@
+"""The priority heap of chunks and the choice of the next batch: pure and synchronous.
+
+Chunks wait in a window sorted by length, one window for each class of priority. A batch is a contiguous run of
+such a window: rows of nearly one length, so little padding. Among all runs the one that fills its own capacity
+best is taken, and an age bound forces old chunks in, so that nobody waits for the end of the stream.
+
+Simulated on 40,000 log-normal lengths (median 40, cut at 256) with a window of 32 batches and an age bound of 64,
+padding is 1.9-3.4 % of the useful tokens for limits of 512 to 16,384; sorting by longest first gives 19-163 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from asyncembed.records import Batch, Chunk
+
+MAX_AGE = 64
+"""Batches after which a waiting chunk is forced into the next one."""
+
+_HASTENED = -(1 << 62)
+
+_Int64s = npt.NDArray[np.int64]
+
+
+class HeapStatistics(NamedTuple):
+    """What waits: chunks, and their tokens with prompt and special tokens."""
+
+    n_chunks: int
+    n_tokens: int
+
+
+class _Window:
+    """The waiting chunks of one priority, as columns sorted by length."""
+
+    def __init__(self) -> None:
+        self.lengths: _Int64s = np.empty(0, np.int64)
+        self.born: _Int64s = np.empty(0, np.int64)
+        self.owners: _Int64s = np.empty(0, np.int64)
+        self.tickets: _Int64s = np.empty(0, np.int64)
+        self._fresh: list[tuple[int, int, int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.lengths) + len(self._fresh)
+
+    def add(self, length: int, born: int, owner: int, ticket: int) -> None:
+        self._fresh.append((length, born, owner, ticket))
+
+    def sort(self) -> None:
+        """Bring what was added since the last choice into its place."""
+        if not self._fresh:
+            return
+        fresh = np.array(self._fresh, np.int64)
+        fresh = fresh[np.argsort(fresh[:, 0], kind="stable")]
+        self._fresh.clear()
+        at = np.searchsorted(self.lengths, fresh[:, 0], side="right")
+        self.lengths = np.insert(self.lengths, at, fresh[:, 0])
+        self.born = np.insert(self.born, at, fresh[:, 1])
+        self.owners = np.insert(self.owners, at, fresh[:, 2])
+        self.tickets = np.insert(self.tickets, at, fresh[:, 3])
+
+    def keep(self, kept: npt.NDArray[np.bool_] | slice) -> None:
+        self.lengths, self.born = self.lengths[kept], self.born[kept]
+        self.owners, self.tickets = self.owners[kept], self.tickets[kept]
+
+    def cut(self, start: int, stop: int) -> tuple[_Int64s, int]:
+        """Take the rows `start:stop` out: their tickets and the oldest stamp among them."""
+        tickets, oldest = self.tickets[start:stop], int(self.born[start:stop].min())
+        kept = np.ones(len(self.lengths), np.bool_)
+        kept[start:stop] = False
+        self.keep(kept)
+        return tickets, oldest
+
+
+def best_run(lengths: _Int64s, limit: int, max_rows: int, forced: int | None = None) -> tuple[int, int]:
+    """The contiguous run of sorted `lengths` that wastes least.
+
+    Every run is named by its longest row: it takes as many rows below it as the limit allows. It is worth its
+    useful tokens over what a full batch of that longest row would hold, which counts padding and missing rows alike.
+
+    Args:
+        lengths: Shape `(n,)`, ascending, n ≥ 1.
+        limit: Most padded tokens, rows × longest; a single row may exceed it.
+        max_rows: Most rows.
+        forced: A position that must be in the run.
+
+    Returns:
+        Start and stop of the run, in O(n) without a Python loop.
+    """
+    ends = np.arange(len(lengths), dtype=np.int64)
+    capacity = np.clip(limit // lengths, 1, max_rows)
+    starts = np.maximum(ends - capacity + 1, 0)
+    total = np.concatenate(([0], np.cumsum(lengths)))
+    value = (total[ends + 1] - total[starts]) / (capacity * lengths)
+    if forced is not None:
+        value = np.where((starts <= forced) & (ends >= forced), value, -1.0)
+    best = len(lengths) - 1 - int(np.argmax(value[::-1]))  # among equals the longest rows: they are the rarest
+    return int(starts[best]), best + 1
+
+
+class ChunkHeap:
+    """Chunks waiting for the model, and the choice of which run next.
+
+    Lower priority numbers go first. A batch of an urgent class is filled up with rows of the later classes that
+    need no further padding, and an old chunk of any class overrides all, so every wait is bounded.
+
+    Args:
+        max_age: Batches after which a chunk is forced into the next one. Later classes wait
+            `max_age` longer for each class before them.
+    """
+
+    def __init__(self, max_age: int = MAX_AGE) -> None:
+        self.max_age = max_age
+        self._windows: dict[int, _Window] = {}
+        self._chunks: dict[int, Chunk] = {}
+        self._tickets = count()
+        self._n_tokens = 0
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __repr__(self) -> str:
+        return f"<ChunkHeap chunks={len(self)} tokens={self._n_tokens} batches_given={self._clock}>"
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that wait, prompt and special tokens included."""
+        return self._n_tokens
+
+    def statistics(self) -> HeapStatistics:
+        """How much waits."""
+        return HeapStatistics(len(self), self._n_tokens)
+
+    def push(self, chunks: Iterable[Chunk]) -> None:
+        """Let chunks wait. Order among equals of length is kept."""
+        self._push(chunks, self._clock)
+
+    def put_back(self, batch: Batch) -> None:
+        """Let the chunks of a batch that did not run wait again, as old as they were."""
+        self._push(batch.chunks, batch.born)
+
+    def take(self, limit: int, max_rows: int | None = None) -> Batch | None:
+        """The next batch, or None if nothing waits.
+
+        Args:
+            limit: Most padded tokens, rows × longest. A single chunk longer than that is a batch of one.
+            max_rows: Most rows; None for no bound.
+        """
+        if not self._chunks:
+            return None
+        rows = max(1, max_rows) if max_rows is not None else len(self._chunks)
+        for window in self._windows.values():
+            window.sort()
+        priority, forced = self._most_urgent()
+        window = self._windows[priority]
+        start, stop = best_run(window.lengths, limit, rows, forced)
+        longest = int(window.lengths[stop - 1])
+        tickets, born = window.cut(start, stop)
+        taken, room = list(tickets), min(rows, limit // longest) - (stop - start)
+        for other in sorted(self._windows):
+            if room <= 0:
+                break
+            filling = self._windows[other]
+            end = int(np.searchsorted(filling.lengths, longest, side="right"))
+            if other != priority and end:
+                tickets, oldest = filling.cut(max(0, end - room), end)
+                taken += list(tickets)
+                born, room = min(born, oldest), room - len(tickets)
+        self._clock += 1
+        self._windows = {key: window for key, window in self._windows.items() if len(window)}
+        return Batch(tuple(self._pop(int(ticket)) for ticket in taken), born)
+
+    def hasten(self, owner: int) -> bool:
+        """Make the chunks of a text the oldest of all, so that the next batch takes them. False if it has none here."""
+        found = False
+        for window in self._windows.values():
+            window.sort()
+            mine = window.owners == owner
+            window.born[mine] = _HASTENED
+            found = found or bool(mine.any())
+        return found
+
+    def discard(self, owner: int) -> int:
+        """Drop the waiting chunks of a text; how many there were."""
+        dropped = 0
+        for window in self._windows.values():
+            window.sort()
+            mine = window.owners == owner
+            for ticket in window.tickets[mine]:
+                self._pop(int(ticket))
+            window.keep(~mine)
+            dropped += int(mine.sum())
+        self._windows = {key: window for key, window in self._windows.items() if len(window)}
+        return dropped
+
+    def clear(self) -> None:
+        """Drop all that waits."""
+        self._windows.clear()
+        self._chunks.clear()
+        self._n_tokens = 0
+
+    def _push(self, chunks: Iterable[Chunk], born: int) -> None:
+        for chunk in chunks:
+            ticket = next(self._tickets)
+            self._chunks[ticket] = chunk
+            self._n_tokens += chunk.length
+            window = self._windows.setdefault(chunk.priority, _Window())
+            window.add(chunk.length, born, chunk.owner, ticket)
+
+    def _pop(self, ticket: int) -> Chunk:
+        chunk = self._chunks.pop(ticket)
+        self._n_tokens -= chunk.length
+        return chunk
+
+    def _most_urgent(self) -> tuple[int, int | None]:
+        """The class to serve, and the position in it that must be served."""
+        urgent = sorted(self._windows)
+        overdue: list[tuple[int, int, int]] = []
+        for rank, priority in enumerate(urgent):
+            born = self._windows[priority].born
+            oldest = int(np.argmin(born))
+            lateness = self._clock - int(born[oldest]) - self.max_age * (rank + 1)
+            if lateness >= 0:
+                overdue.append((lateness, priority, oldest))
+        if overdue:
+            _, priority, position = max(overdue)
+            return priority, position
+        return urgent[0], None

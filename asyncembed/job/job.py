@@ -1,0 +1,278 @@
+"""One run over one source: wires the stages, and sees that all is saved, closed and given back at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from asyncembed.admission import AdmissionQueue
+from asyncembed.assembly import Assembler
+from asyncembed.chunking import Chunker, TextSplitter
+from asyncembed.consumer import LimitEstimator
+from asyncembed.encoders import Encoder, load_encoder
+from asyncembed.engine import Engine
+from asyncembed.errors import StoreError
+from asyncembed.job.delivery import Delivery
+from asyncembed.job.intake import Intake
+from asyncembed.job.lookup import Lookup
+from asyncembed.job.pending import Pending
+from asyncembed.limits import TokenLimitEstimator, initial_limit
+from asyncembed.memory import MemoryBudget
+from asyncembed.options import EmbedOptions
+from asyncembed.records import EmbeddedText, Rejected
+from asyncembed.sinks import JsonStore
+from asyncembed.sources import TextFeed
+from asyncembed.summary import Summary, peak_rss_bytes, process_seconds
+from asyncembed.threads import WorkerThread
+
+logger = logging.getLogger("asyncembed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobParts:
+    """What a caller may put in the place of the defaults.
+
+    Attributes:
+        splitter: Splits long texts.
+        estimator: The limit of a batch.
+        want_results: Whether somebody reads the results; if not, each ends when it is saved, and vectors saved
+            earlier are not read back.
+        on_loaded: Called on the event loop when the model is ready.
+        on_progress: Called on the event loop after each micro-batch of results.
+    """
+
+    splitter: TextSplitter | None = None
+    estimator: LimitEstimator | None = None
+    want_results: bool = True
+    on_loaded: Callable[[], None] | None = None
+    on_progress: Callable[[], None] | None = None
+
+
+class Job:
+    """`run` does it all; results come out of `results`, each to be given back with `release` once delivered.
+
+    Args:
+        source: Any iterable or async iterable of texts.
+        options: What the user chose.
+        parts: What the caller put in the place of the defaults.
+    """
+
+    def __init__(self, source: Any, options: EmbedOptions, parts: JobParts) -> None:
+        folder = options.folder
+        self.summary = Summary(save_path=str(folder) if folder is not None else None)
+        send, receive = anyio.create_memory_object_stream[tuple[Pending, EmbeddedText]](float("inf"))
+        self.results: MemoryObjectReceiveStream[tuple[Pending, EmbeddedText]] = receive
+        self._results_in: MemoryObjectSendStream[tuple[Pending, EmbeddedText]] = send
+        self._options = options
+        self._parts = parts
+        self._budget = MemoryBudget(options.max_memory_bytes)
+        self.admission = AdmissionQueue(self._budget.max_bytes, self._budget.exceeded)
+        self._feed = TextFeed(source)
+        self._intake = Intake(
+            source,
+            self._feed,
+            self.admission,
+            self.summary,
+            on_skipped=self._save_skipped,
+            on_waiting=self._hasten_head,
+        )
+        self._store = JsonStore(folder, overwrite=options.overwrite) if folder is not None else None
+        self._delivery = Delivery(
+            self._store,
+            self.summary,
+            ordered=options.ordered,
+            on_error=options.on_error,
+            deliver=self._deliver,
+            settled=lambda group: self._lookup.settled(group),
+        )
+        self._lookup = Lookup(self._store, want_vectors=parts.want_results, finished=self._delivery.put)
+        self._model_thread = WorkerThread("asyncembed-model")
+        self._stopping = anyio.CancelScope()
+        self._engine: Engine | None = None
+        self._ready_at: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<Job in_flight={len(self._intake.in_flight)} {self.admission!r} {self._engine!r}>"
+
+    @property
+    def failures(self) -> list[EmbeddedText]:
+        """The first thousand failed texts, each with its reason in `error`."""
+        return self._delivery.failures
+
+    def stop(self) -> None:
+        """End soon: finish the batch in hand and save it. What is not done then is left for the next run."""
+        self.summary.stopped = True
+        self._stopping.cancel()
+        if self._engine is not None:
+            self._engine.stop()
+
+    def release(self, pending: Pending) -> None:
+        """A result was delivered: its reservation ends."""
+        self._intake.release(pending)
+
+    def measure(self) -> Summary:
+        """The summary with all numbers as they are now."""
+        summary = self.summary
+        if self._engine is not None:
+            done = self._engine.statistics()
+            summary.chunks, summary.tokens = done.chunking.chunks, done.chunking.tokens
+            summary.dropped_tokens = done.chunking.dropped_tokens
+            summary.unknown_tokens = done.chunking.unknown_tokens
+            summary.batches, summary.ooms = done.consumer.batches, done.consumer.ooms
+            useful, padded = done.consumer.row_tokens, done.consumer.padded_tokens
+            summary.padding = round((padded - useful) / useful, 4) if useful else 0.0
+            summary.token_limit = done.token_limit
+        summary.total_seconds = round(process_seconds(), 3)
+        summary.peak_rss_bytes = peak_rss_bytes()
+        if self._ready_at is not None:
+            seconds = time.perf_counter() - self._ready_at
+            summary.seconds = round(seconds, 3)
+            summary.tokens_per_second = round(summary.tokens / seconds, 1) if seconds else 0.0
+        return summary
+
+    async def run(self) -> None:
+        """Do the whole job.
+
+        Raises:
+            StoreError: The folder is locked, of another model, or cannot be written.
+            ModelError: The model cannot be loaded or cannot go on.
+            Exception: What the source raised, unchanged, after all texts before it were delivered.
+        """
+        try:
+            async with self._feed:
+                await self._run_with_store()
+            if self._intake.error is not None:
+                raise self._intake.error
+        finally:
+            self._intake.release_all()
+            self._results_in.close()
+            self._delivery.discard()
+            await self._lookup.aclose()
+            await self._model_thread.aclose()
+
+    async def _run_with_store(self) -> None:
+        if self._store is None:
+            encoder, chunker, _ = await self._load({})
+            await self._run_stages(encoder, chunker)
+            return
+        complete = False
+        try:
+            await self._store.open()
+            recorded = {} if self._options.overwrite else self._store.fingerprint or {}
+            encoder, chunker, fingerprint = await self._load(recorded)
+            await self._store.claim(fingerprint, encoder.made_with())
+            await self._run_stages(encoder, chunker)
+            complete = True
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._close_store(self._store, complete)
+
+    async def _close_store(self, store: JsonStore, complete: bool) -> None:
+        try:
+            if not complete:  # what was finished is worth keeping, whatever ended the run
+                await self._delivery.save_rest()
+        except StoreError as error:
+            logger.warning("the last results could not be saved: %s", error)
+        finally:
+            await store.aclose(complete=complete)
+            self.measure()
+
+    async def _load(self, recorded: Mapping[str, Any]) -> tuple[Encoder, Chunker, dict[str, Any]]:
+        loaded = await self._model_thread.run(_load_model, self._options, self._parts.splitter, recorded)
+        encoder = loaded[0]
+        self.summary.model, self.summary.device = encoder.name, encoder.device
+        self.summary.backend, self.summary.dtype = encoder.backend, encoder.dtype
+        return loaded
+
+    async def _run_stages(self, encoder: Encoder, chunker: Chunker) -> None:
+        options = self._options
+        estimator = self._parts.estimator
+        if estimator is None:
+            estimator = TokenLimitEstimator(options.token_limit or initial_limit(encoder.device))
+        assembler = Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim)
+        engine = Engine(
+            encoder, chunker, estimator, assembler, model_thread=self._model_thread, max_rows=options.batch_size
+        )
+        self._engine = engine
+        self._budget.set_baseline()
+        self._ready_at = time.perf_counter()
+        if self._parts.on_loaded is not None:
+            self._parts.on_loaded()
+        if self.summary.stopped:
+            engine.stop()
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._admit_and_look_up, engine, encoder.dim, chunker.chunk_size)
+            group.start_soon(self._delivery.run)
+            await engine.run()
+            self._delivery.close()
+        self.measure()
+
+    async def _admit_and_look_up(self, engine: Engine, dim: int, chunk_size: int) -> None:
+        """The stages before the engine: they end with the source, or at once when the job is stopped."""
+        send, receive = anyio.create_memory_object_stream[list[Pending]](0)
+        try:
+            with self._stopping, send, receive:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(self._lookup.run, receive, engine)
+                    await self._intake.run(send, dim, chunk_size)
+                    send.close()
+        finally:
+            engine.close()
+
+    async def _save_skipped(self, rows: list[tuple[str | None, Rejected]]) -> None:
+        if self._store is not None:
+            await self._store.reject(rows)
+
+    def _deliver(self, pending: Pending, record: EmbeddedText) -> None:
+        if self._parts.want_results:
+            self._results_in.send_nowait((pending, record))
+        else:
+            self.release(pending)
+        if self.admission.statistics().n_waiting:
+            self._hasten_head()
+        if self._parts.on_progress is not None:
+            self._parts.on_progress()
+
+    def _hasten_head(self) -> None:
+        """The budget is full: bring the text that ordered delivery waits for into the next batch."""
+        head = self._delivery.head
+        if head is None or self._engine is None:
+            return
+        pending = self._intake.in_flight.get(head)
+        if pending is not None and pending.owner is not None:
+            self._engine.hasten(pending.owner)
+
+
+def _load_model(
+    options: EmbedOptions, splitter: TextSplitter | None, recorded: Mapping[str, Any]
+) -> tuple[Encoder, Chunker, dict[str, Any]]:
+    """In the model's thread: the model, its chunker, and the fingerprint of what they make.
+
+    `recorded` is the fingerprint of the folder; what the user left open is taken from it.
+    """
+    encoder = load_encoder(options, dtype=recorded.get("dtype"))
+    chunker = Chunker(
+        encoder.tokenizer(),
+        encoder.max_tokens,
+        prompt=encoder.prompt,
+        chunk_size=options.chunk_size or recorded.get("chunk_size"),
+        chunk_overlap=options.chunk_overlap,
+        long_texts=options.long_texts,
+        splitter=splitter,
+    )
+    if options.save_path is None:
+        return encoder, chunker, {}
+    fingerprint = {
+        **encoder.fingerprint(),
+        **chunker.fingerprint(),
+        "prompt": encoder.prompt,
+        "normalize_embeddings": options.normalize_embeddings,
+        "dim": min(encoder.dim, options.truncate_dim or encoder.dim),
+    }
+    return encoder, chunker, fingerprint

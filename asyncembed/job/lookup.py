@@ -1,0 +1,148 @@
+"""The second stage: which texts are new, which an earlier run has saved, which repeat one of this run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from anyio.streams.memory import MemoryObjectReceiveStream
+
+from asyncembed.assembly import Assembled
+from asyncembed.engine import Engine, Submission
+from asyncembed.errors import CorruptRecordError
+from asyncembed.job.pending import Pending
+from asyncembed.records import Rejected, text_id
+from asyncembed.sinks import DigestSet, JsonStore
+from asyncembed.threads import WorkerThread
+
+
+class Lookup:
+    """Hands new texts to the engine and passes all others on.
+
+    Identical texts are computed once: while the first is under way the others wait for its result; afterwards they
+    are read from the store. Without a store only texts under way are shared: an endless stream must not grow a set.
+
+    Args:
+        store: Where results are saved; None if nowhere.
+        want_vectors: Whether saved vectors are read back.
+        finished: Receives each text that has its result.
+    """
+
+    def __init__(self, store: JsonStore | None, *, want_vectors: bool, finished: Callable[[Pending], None]) -> None:
+        self._store = store
+        self._want_vectors = want_vectors
+        self._finished = finished
+        self._leaders: dict[str, Pending] = {}
+        self._saved = DigestSet()
+        self._thread = WorkerThread("asyncembed-lookup")
+
+    def __repr__(self) -> str:
+        return f"<Lookup under_way={len(self._leaders)}>"
+
+    async def run(self, admitted: MemoryObjectReceiveStream[list[Pending]], engine: Engine) -> None:
+        """Look up all that is admitted, to the end of the stream."""
+        async for group in admitted:
+            new, saved = self._sort(group, await self._thread.run(self._identify, group))
+            if saved:
+                new += await self._read_saved(saved)
+            if new:
+                await engine.submit([self._submission(pending, engine) for pending in new])
+
+    def settled(self, group: Sequence[Pending]) -> None:
+        """These were saved, or there is no store: nobody needs to wait for them any more."""
+        for pending in group:
+            if self._leaders.get(pending.id) is pending:
+                del self._leaders[pending.id]
+        if self._store is not None:
+            self._saved.add_many([pending.id for pending in group if _is_new(pending)])
+
+    async def aclose(self) -> None:
+        """End the thread."""
+        await self._thread.aclose()
+
+    def _identify(self, group: Sequence[Pending]) -> list[bool]:
+        """In the thread: give each text its id, and find out whether an earlier run has saved it."""
+        for pending in group:
+            if not isinstance(pending.item, Rejected):
+                pending.id = text_id(pending.text)
+        if self._store is None:
+            return [False] * len(group)
+        texts = [pending.id for pending in group if pending.id]
+        found = iter(self._store.done_before(texts))
+        return [next(found) if pending.id else False for pending in group]
+
+    def _sort(self, group: Sequence[Pending], done: Sequence[bool]) -> tuple[list[Pending], list[Pending]]:
+        """Those to compute and those to read back; all others are finished, or wait for another."""
+        new: list[Pending] = []
+        saved: list[Pending] = []
+        saved_now = self._saved_now(group)
+        for pending, is_done, is_saved_now in zip(group, done, saved_now, strict=True):
+            # 1. no text at all   2. saved by an earlier run   3. repeats one under way
+            # 4. repeats one that this run has saved   5. new
+            if isinstance(pending.item, Rejected):
+                self._finished(pending)
+            elif is_done and pending.id not in self._leaders:
+                pending.cached = True
+                saved.append(pending)
+            elif (leader := self._leaders.get(pending.id)) is not None:
+                pending.is_duplicate = True
+                self._follow(leader, pending)
+            elif is_saved_now:
+                pending.is_duplicate = True
+                saved.append(pending)
+            else:
+                self._leaders[pending.id] = pending
+                new.append(pending)
+        return new, saved
+
+    def _saved_now(self, group: Sequence[Pending]) -> list[bool]:
+        if self._store is None:
+            return [False] * len(group)
+        found = iter(self._saved.contains_many([pending.id for pending in group if pending.id]))
+        return [next(found) if pending.id else False for pending in group]
+
+    def _follow(self, leader: Pending, pending: Pending) -> None:
+        if leader.result is None:
+            leader.followers.append(pending)
+        else:
+            pending.result = leader.result
+            self._finished(pending)
+
+    async def _read_saved(self, saved: list[Pending]) -> list[Pending]:
+        """Finish saved texts, with their vectors if those are wanted; those whose file is damaged are new again."""
+        if self._store is None:
+            raise AssertionError("a text is saved, but there is no store: this is a bug")
+        if not self._want_vectors:
+            for pending in saved:
+                self._finished(pending)
+            return []
+        damaged: list[Pending] = []
+        for pending, stored in zip(saved, await self._store.read_many([p.id for p in saved]), strict=True):
+            if not isinstance(stored, CorruptRecordError):
+                pending.result = stored
+                self._finished(pending)
+                continue
+            pending.cached = pending.is_duplicate = False
+            if (leader := self._leaders.setdefault(pending.id, pending)) is pending:
+                damaged.append(pending)
+            else:
+                pending.is_duplicate = True
+                self._follow(leader, pending)
+        return damaged
+
+    def _submission(self, pending: Pending, engine: Engine) -> Submission:
+        pending.owner = engine.new_owner()
+        return Submission(pending.owner, pending.text, partial(self._computed, pending))
+
+    def _computed(self, pending: Pending, result: Assembled) -> None:
+        pending.result = result
+        self._finished(pending)
+        followers, pending.followers = pending.followers, []
+        for follower in followers:
+            follower.result = result
+            self._finished(follower)
+
+
+def _is_new(pending: Pending) -> bool:
+    result = pending.result
+    return not pending.is_duplicate and isinstance(result, Assembled) and result.error is None

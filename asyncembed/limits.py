@@ -1,0 +1,86 @@
+"""Learn how many tokens a batch may have, from success and failure: pure, no clock, no device."""
+
+from __future__ import annotations
+
+DEFAULT_MIN_LIMIT = 16
+DEFAULT_INITIAL_LIMIT = 2048
+SUCCESSES_TO_RISE = 8
+SUCCESSES_TO_FORGET = 512
+
+
+class TokenLimitEstimator:
+    """The current limit of a batch in padded tokens (rows × longest).
+
+    Memory is learned by halving and bisecting: a failure at `n` puts the limit at half of it, and steady success
+    near the limit raises it half-way towards the smallest size known to fail, until the two are within an eighth.
+    A known failure is doubted after 512 successes near the limit, since the memory may have been a passing
+    neighbour's.
+
+    A replacement needs the same three methods: call, `succeed`, `fail`.
+
+    Args:
+        initial_limit: The first limit, tried as given. None takes 2,048 (within `max_limit`).
+        min_limit: The limit never rises from below this by itself, and tuning never goes below it. A failure may.
+        max_limit: The limit never passes this; None for no bound, but then it only ever recovers from failures
+            and does not grow past its start.
+    """
+
+    def __init__(
+        self, initial_limit: int | None = None, min_limit: int = DEFAULT_MIN_LIMIT, max_limit: int | None = None
+    ) -> None:
+        if initial_limit is not None and initial_limit < 1:
+            raise ValueError(f"initial_limit={initial_limit} must be at least 1")
+        if min_limit < 1 or (max_limit is not None and max_limit < min_limit):
+            raise ValueError(f"min_limit={min_limit} and max_limit={max_limit} leave no room for a limit")
+        start = initial_limit if initial_limit is not None else DEFAULT_INITIAL_LIMIT
+        self.min_limit = min_limit
+        self.max_limit = max_limit if max_limit is not None else max(start, min_limit)
+        self._limit = start if initial_limit is not None else min(max(start, min_limit), self.max_limit)
+        self._failed_at: int | None = None
+        self._streak = 0
+
+    def __call__(self) -> int:
+        """The current limit in padded tokens, at least 1."""
+        return self._limit
+
+    def __repr__(self) -> str:
+        return f"<TokenLimitEstimator limit={self._limit} failed_at={self._failed_at} max={self.max_limit}>"
+
+    @property
+    def failed_at(self) -> int | None:
+        """The smallest size in padded tokens known to fail; None if none is."""
+        return self._failed_at
+
+    def succeed(self, n_tokens: int, seconds: float | None = None) -> None:
+        """A batch of `n_tokens` padded tokens ran, in `seconds` where they were measured."""
+        if self._failed_at is not None and n_tokens >= self._failed_at:
+            self._failed_at = None
+        if 2 * n_tokens < self._limit:
+            return  # says nothing about the limit
+        self._streak += 1
+        if self._failed_at is not None and self._streak >= SUCCESSES_TO_FORGET:
+            self._failed_at = None
+        if self._streak % SUCCESSES_TO_RISE == 0:
+            self._rise()
+
+    def fail(self, n_tokens: int) -> None:
+        """A batch of `n_tokens` padded tokens ran out of memory: the limit falls below it."""
+        self._failed_at = n_tokens if self._failed_at is None else min(self._failed_at, n_tokens)
+        self._limit = max(1, min(self._limit, n_tokens // 2))
+        self._streak = 0
+
+    def _rise(self) -> None:
+        ceiling = self.max_limit if self._failed_at is None else min(self.max_limit, self._failed_at - 1)
+        if self._limit >= ceiling or (self._failed_at is not None and ceiling - self._limit <= self._limit // 8):
+            return
+        doubled = 2 * self._limit
+        self._limit = min(doubled, (self._limit + ceiling + 1) // 2 if self._failed_at is not None else ceiling)
+
+
+def initial_limit(device: str) -> int:
+    """A first limit for a device, in padded tokens.
+
+    On a CPU 512 to 2,048 padded tokens beat 8,192 by 10 to 30 % (all-MiniLM-L6-v2, two cores); a GPU wants tens of
+    thousands.
+    """
+    return 1024 if device.startswith("cpu") else 16_384

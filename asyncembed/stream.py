@@ -1,0 +1,217 @@
+"""The job as users see it: awaitable, async-iterable, and an async context manager."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable
+from types import TracebackType
+from typing import Any
+
+import anyio
+
+from asyncembed.errors import AsyncEmbedError, ClosedError
+from asyncembed.job import Job, JobParts
+from asyncembed.options import DEFAULT_MODEL, DEFAULT_SAVE_PATH, EmbedOptions
+from asyncembed.records import EmbeddedText, FloatVector
+from asyncembed.summary import Summary
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+logger = logging.getLogger("asyncembed")
+
+
+def embed_stream(
+    texts: Iterable[Any] | AsyncIterable[Any],
+    *,
+    model: Any = DEFAULT_MODEL,
+    save_path: Any = DEFAULT_SAVE_PATH,
+    **options: Any,
+) -> EmbedStream:
+    """Embed a stream of texts.
+
+    Await it for a dictionary of vectors, iterate it with `async for` for records as they finish, or use it with
+    `async with` to be sure when it is closed. Nothing happens before that.
+
+    Args:
+        texts: Any iterable or async iterable of `str` or `Text`, possibly endless, possibly blocking: a synchronous
+            one is pulled in a thread of its own.
+        model: A name, a path, a `SentenceTransformer`, or an `Encoder`.
+        save_path: Folder of one JSON file a text; texts it holds already are not computed again. None writes
+            nothing.
+        **options: The other options of `EmbedOptions`.
+
+    Returns:
+        The job, not yet started.
+
+    Raises:
+        OptionsError: An option is unknown or cannot be.
+    """
+    chosen = EmbedOptions.from_kwargs(model=model, save_path=save_path, **options)
+    return EmbedStream(texts, chosen, JobParts())
+
+
+class EmbedStream:
+    """One job, used once: awaited, iterated, run, or entered.
+
+    - `await stream` → `dict[str, numpy.ndarray | None]`, text → `(dim,)` float32; None where it failed.
+    - `async for record in stream` → `EmbeddedText` as each finishes, in bounded memory: a slow reader slows the
+      source. Every text of the input gives exactly one record.
+    - `await stream.run()` → `Summary`: fills the folder without reading anything back.
+    - `async with stream:` around any of them closes the job at the end of the block, whatever happened.
+
+    Cancelling the task that uses it, or leaving the loop early, cancels the job: a batch in hand runs to its end in
+    the model's thread, what was finished is saved, and the folder can be gone on with.
+    """
+
+    def __init__(self, texts: Iterable[Any] | AsyncIterable[Any], options: EmbedOptions, parts: JobParts) -> None:
+        self._texts = texts
+        self._options = options
+        self._parts = parts
+        self._job: Job | None = None
+        self._driver: asyncio.Task[None] | None = None
+        self._used = False
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "running" if self._driver else "not started"
+        return f"<EmbedStream {state} {self._job!r}>"
+
+    @property
+    def summary(self) -> Summary:
+        """The numbers of the run so far; complete when it has ended."""
+        if self._job is None:
+            return Summary()
+        return self._job.summary if self._is_over() else self._job.measure()
+
+    @property
+    def failures(self) -> list[EmbeddedText]:
+        """Failed texts, each with its reason in `error`: the first thousand (`errors.jsonl` has all)."""
+        return list(self._job.failures) if self._job is not None else []
+
+    def stop(self) -> None:
+        """End soon and cleanly: the batch in hand is finished and saved. The same call goes on from there."""
+        if self._job is not None:
+            self._job.stop()
+
+    def __await__(self) -> Generator[Any, None, dict[str, FloatVector | None]]:
+        """All vectors by their texts, in the order of the input.
+
+        Raises:
+            AsyncEmbedError: Every text failed, or the job could not go on.
+        """
+        return self._collect().__await__()
+
+    def __aiter__(self) -> AsyncGenerator[EmbeddedText, None]:
+        """The records as they finish."""
+        self._use()
+        return self._records()
+
+    async def run(self) -> Summary:
+        """Do the whole job for its folder's sake, delivering nothing.
+
+        Returns:
+            The numbers.
+        """
+        self._use()
+        self._start(want_results=False)
+        try:
+            await self._join()
+        finally:
+            await self.aclose()
+        return self.summary
+
+    async def __aenter__(self) -> EmbedStream:
+        """Nothing starts before the stream is awaited or iterated; leaving the block closes it."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancel what still runs and wait until tasks, threads and folder are closed. Idempotent."""
+        self._used = self._closed = True
+        driver, self._driver = self._driver, None
+        if driver is None:
+            return
+        driver.cancel()
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([driver])
+        if not driver.cancelled() and (error := driver.exception()) is not None:
+            logger.debug("the job ended in an error after it was closed", exc_info=error)
+
+    async def _collect(self) -> dict[str, FloatVector | None]:
+        self._use()
+        vectors: dict[int, tuple[str, FloatVector | None]] = {}
+        async for record in self._records():
+            if record.id:  # what is no text has no place in a dictionary of texts; `failures` has it
+                vectors[record.index] = (record.text, record.embedding)
+        summary, failures = self.summary, self.failures
+        if summary.failed:
+            reason = f"the first because {failures[0].error}"
+            if summary.failed == summary.texts:
+                raise AsyncEmbedError(f"none of the {summary.texts} texts could be embedded, {reason}")
+            logger.warning("%d of %d texts could not be embedded, %s", summary.failed, summary.texts, reason)
+        return dict(vectors[index] for index in sorted(vectors))
+
+    async def _records(self) -> AsyncGenerator[EmbeddedText, None]:
+        """Only receives from a channel: no task group or cancel scope is open across the `yield`."""
+        job = self._start(want_results=True)
+        try:
+            async for pending, record in job.results:
+                job.release(pending)
+                yield record
+            await self._join()
+        finally:
+            await self.aclose()
+
+    def _use(self) -> None:
+        if self._used:
+            raise ClosedError("an embed_stream is used once; call embed_stream again for another run")
+        self._used = True
+
+    def _start(self, *, want_results: bool) -> Job:
+        parts = JobParts(
+            splitter=self._parts.splitter,
+            estimator=self._parts.estimator,
+            want_results=want_results,
+            on_loaded=self._parts.on_loaded,
+            on_progress=self._parts.on_progress,
+        )
+        self._job = Job(self._texts, self._options, parts)
+        # The one task of the stream: kept, awaited and cancelled here.
+        self._driver = asyncio.get_running_loop().create_task(_run_unwrapped(self._job), name="asyncembed-job")
+        return self._job
+
+    async def _join(self) -> None:
+        """Wait for the job's end and raise what it raised."""
+        if self._driver is None:
+            raise ClosedError("the stream was closed while it was being read")
+        await asyncio.shield(self._driver)
+
+    def _is_over(self) -> bool:
+        return self._driver is None or self._driver.done()
+
+
+async def _run_unwrapped(job: Job) -> None:
+    """Run a job; one exception leaves as itself, without a group around it."""
+    try:
+        await job.run()
+    except BaseExceptionGroup as group:
+        only = _only_error(group)
+        if only is None:
+            raise
+        raise only from only.__cause__
+
+
+def _only_error(error: BaseException) -> BaseException | None:
+    """The single exception of nested groups; None if there are several."""
+    while isinstance(error, BaseExceptionGroup):
+        if len(error.exceptions) != 1:
+            return None
+        error = error.exceptions[0]
+    return error
