@@ -1,0 +1,101 @@
+"""Opening a path, standard input, or what is open already, and refusing at once what cannot be read."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import sys
+from typing import BinaryIO, NamedTuple
+
+from asyncembed.errors import OptionsError, SourceError
+from asyncembed.sources.lines import BOM
+
+STANDARD_INPUT = "-"
+"""The source that stands for standard input."""
+
+
+class Opened(NamedTuple):
+    """A source that has been opened: `owned` is closed at the end; `size` is None if unknown (a pipe)."""
+
+    file: BinaryIO
+    name: str
+    owned: bool
+    size: int | None
+
+
+def open_source(source: str | os.PathLike[str] | BinaryIO) -> Opened:
+    """Open the source and refuse what can be seen at once: nothing to read in it, or no way to read it."""
+    if isinstance(source, (str, os.PathLike)) and source != STANDARD_INPUT:
+        file, name, owned = _open_path(os.fspath(source)), os.fspath(source), True
+    elif source == STANDARD_INPUT:
+        file, owned = _open_standard_input()
+        name = "standard input"
+    else:
+        file, owned = _check_open_file(source), False
+        name = str(getattr(source, "name", "the open file"))
+    try:
+        size = _bytes_left(file)
+        if size is not None and size <= len(BOM) and file.read(size) in (b"", BOM):
+            raise SourceError(f"no texts in {name}: it is empty")
+        if size is not None and size <= len(BOM):
+            file.seek(-size, os.SEEK_CUR)
+    except BaseException:
+        if owned:
+            file.close()
+        raise
+    return Opened(file, name, owned, size)
+
+
+def _open_path(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise SourceError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise SourceError(f"{path} is a directory; name a file in it") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise SourceError(f"{path!r} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _open_standard_input() -> tuple[BinaryIO, bool]:
+    """Standard input, and whether it is to be closed.
+
+    It is opened anew on the same descriptor: a thread that still waits in `sys.stdin`'s own buffer when the
+    interpreter ends makes it abort, as it cannot take that buffer's lock.
+    """
+    if sys.stdin is None:
+        raise SourceError("standard input is closed; name a file")
+    try:
+        return open(sys.stdin.fileno(), "rb", closefd=False), True
+    except (OSError, ValueError):  # no real file behind it, such as a replaced sys.stdin; or closed
+        return _check_open_file(sys.stdin.buffer), False
+
+
+def _check_open_file(source: object) -> BinaryIO:
+    """An open file that gives bytes."""
+    if isinstance(source, io.TextIOBase):
+        raise OptionsError("the file is open in text mode; open it in binary mode ('rb')")
+    if isinstance(source, io.RawIOBase):
+        raise OptionsError("the file is open without a buffer; open it without buffering=0")
+    if not hasattr(source, "readline"):
+        raise OptionsError(f"a {type(source).__name__} cannot be read; pass a path, '-', or a file opened with 'rb'")
+    if getattr(source, "closed", False):
+        raise SourceError(f"{getattr(source, 'name', 'the open file')} is closed already")
+    return source  # type: ignore[return-value]  # what it lacks of BinaryIO is not used
+
+
+def _bytes_left(file: BinaryIO) -> int | None:
+    """Bytes from here to the end of a regular file or a buffer; None where that is not known."""
+    if isinstance(file, io.BytesIO):
+        return max(file.getbuffer().nbytes - file.tell(), 0)
+    # Others may have a descriptor too, but of something else: a GzipFile's is that of the compressed file.
+    if not isinstance(file, (io.BufferedReader, io.BufferedRandom)) or not isinstance(file.raw, io.FileIO):
+        return None
+    try:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or (status.st_size == 0 and file.peek(1)):  # /proc says 0 of what has text
+            return None
+        return max(status.st_size - file.tell(), 0)
+    except OSError:
+        return None
