@@ -61,7 +61,7 @@ _PUBLIC = {
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [  # noqa: PLE0604  # a list made of the table above, so that no name is kept twice
+__all__ = [  # a list made of the table above, so that no name is kept twice
     "__version__",
     *_MODULE_OF,
 ]

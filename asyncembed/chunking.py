@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -245,15 +245,7 @@ class Chunker:
 
     def _splitter_of_our_own(self) -> TextSplitter:
         if self._own_splitter is None:
-            from langchain_text_splitters import RecursiveCharacterTextSplitter
-
-            self._own_splitter = RecursiveCharacterTextSplitter(
-                separators=_SEPARATORS,
-                keep_separator="end",
-                chunk_size=self.chunk_size,
-                chunk_overlap=self.chunk_overlap,
-                length_function=self.count,
-            )
+            self._own_splitter = default_splitter(self.count, self.chunk_size, self.chunk_overlap)
         return self._own_splitter
 
     def _fitting(self, piece: str) -> list[tuple[int, str, Tokenized]]:
@@ -282,6 +274,28 @@ class Chunker:
         inner = sorted({start for start in starts[step::step] if 0 < start < len(part)})
         edges = [0, *(inner or [len(part) // 2]), len(part)]
         return [(start, stop) for start, stop in pairwise(edges) if start < stop]
+
+
+def default_splitter(count: Callable[[str], int], chunk_size: int, chunk_overlap: int = 0) -> TextSplitter:
+    """A `RecursiveCharacterTextSplitter` by paragraphs, lines, sentences and words.
+
+    Its import alone takes most of a second, so it is made at the first long text.
+
+    Args:
+        count: Text → tokens.
+        chunk_size: Most tokens of a piece.
+        chunk_overlap: Tokens that neighbouring pieces share.
+    """
+    from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+    splitter: TextSplitter = RecursiveCharacterTextSplitter(
+        separators=_SEPARATORS,
+        keep_separator="end",
+        chunk_size=chunk_size,
+        chunk_overlap=chunk_overlap,
+        length_function=count,
+    )
+    return splitter
 
 
 def _sections(text: str) -> list[str]:

@@ -87,6 +87,11 @@ class EmbedStream:
         return self._job.summary if self._is_over() else self._job.measure()
 
     @property
+    def n_texts(self) -> int:
+        """Texts that have their result so far: cheap, for a progress bar."""
+        return self._job.summary.texts if self._job is not None else 0
+
+    @property
     def failures(self) -> list[EmbeddedText]:
         """Failed texts, each with its reason in `error`: the first thousand (`errors.jsonl` has all)."""
         return list(self._job.failures) if self._job is not None else []

@@ -1,5 +1,6 @@
 """A job: source → admission → look-up → engine → store → results, in one task group."""
 
 from asyncembed.job.job import Job, JobParts
+from asyncembed.job.loading import load_chunker, run_fingerprint
 
-__all__ = ["Job", "JobParts"]
+__all__ = ["Job", "JobParts", "load_chunker", "run_fingerprint"]

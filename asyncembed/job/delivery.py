@@ -35,6 +35,7 @@ class Delivery:
         on_error: Whether a failed text ends the run.
         deliver: Receives each result whose turn has come.
         settled: Told of each micro-batch that is saved.
+        on_progress: Called after each micro-batch is counted and delivered.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Delivery:
         on_error: OnError,
         deliver: Callable[[Pending, EmbeddedText], None],
         settled: Callable[[Sequence[Pending]], None],
+        on_progress: Callable[[], None] | None = None,
     ) -> None:
         self.failures: list[EmbeddedText] = []
         self._store = store
@@ -54,6 +56,7 @@ class Delivery:
         self._on_error = on_error
         self._deliver = deliver
         self._settled = settled
+        self._on_progress = on_progress
         send, receive = anyio.create_memory_object_stream[Pending](float("inf"))
         self._send: MemoryObjectSendStream[Pending] = send
         self._receive: MemoryObjectReceiveStream[Pending] = receive
@@ -112,6 +115,8 @@ class Delivery:
             delivered = self._order.push([(pending.index, (pending, record)) for pending, record in delivered])
         for pending, record in delivered:
             self._deliver(pending, record)
+        if self._on_progress is not None:
+            self._on_progress()
 
     def _count(self, pending: Pending, record: EmbeddedText) -> None:
         summary = self._summary

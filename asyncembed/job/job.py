@@ -15,11 +15,12 @@ from asyncembed.admission import AdmissionQueue
 from asyncembed.assembly import Assembler
 from asyncembed.chunking import Chunker, TextSplitter
 from asyncembed.consumer import LimitEstimator
-from asyncembed.encoders import Encoder, load_encoder
+from asyncembed.encoders import Encoder
 from asyncembed.engine import Engine
 from asyncembed.errors import StoreError
 from asyncembed.job.delivery import Delivery
 from asyncembed.job.intake import Intake
+from asyncembed.job.loading import load_all
 from asyncembed.job.lookup import Lookup
 from asyncembed.job.pending import Pending
 from asyncembed.limits import TokenLimitEstimator, initial_limit
@@ -90,6 +91,7 @@ class Job:
             on_error=options.on_error,
             deliver=self._deliver,
             settled=lambda group: self._lookup.settled(group),
+            on_progress=parts.on_progress,
         )
         self._lookup = Lookup(self._store, want_vectors=parts.want_results, finished=self._delivery.put)
         self._model_thread = WorkerThread("asyncembed-model")
@@ -184,7 +186,7 @@ class Job:
             self.measure()
 
     async def _load(self, recorded: Mapping[str, Any]) -> tuple[Encoder, Chunker, dict[str, Any]]:
-        loaded = await self._model_thread.run(_load_model, self._options, self._parts.splitter, recorded)
+        loaded = await self._model_thread.run(load_all, self._options, self._parts.splitter, recorded)
         encoder = loaded[0]
         self.summary.model, self.summary.device = encoder.name, encoder.device
         self.summary.backend, self.summary.dtype = encoder.backend, encoder.dtype
@@ -236,8 +238,6 @@ class Job:
             self.release(pending)
         if self.admission.statistics().n_waiting:
             self._hasten_head()
-        if self._parts.on_progress is not None:
-            self._parts.on_progress()
 
     def _hasten_head(self) -> None:
         """The budget is full: bring the text that ordered delivery waits for into the next batch."""
@@ -247,32 +247,3 @@ class Job:
         pending = self._intake.in_flight.get(head)
         if pending is not None and pending.owner is not None:
             self._engine.hasten(pending.owner)
-
-
-def _load_model(
-    options: EmbedOptions, splitter: TextSplitter | None, recorded: Mapping[str, Any]
-) -> tuple[Encoder, Chunker, dict[str, Any]]:
-    """In the model's thread: the model, its chunker, and the fingerprint of what they make.
-
-    `recorded` is the fingerprint of the folder; what the user left open is taken from it.
-    """
-    encoder = load_encoder(options, dtype=recorded.get("dtype"))
-    chunker = Chunker(
-        encoder.tokenizer(),
-        encoder.max_tokens,
-        prompt=encoder.prompt,
-        chunk_size=options.chunk_size or recorded.get("chunk_size"),
-        chunk_overlap=options.chunk_overlap,
-        long_texts=options.long_texts,
-        splitter=splitter,
-    )
-    if options.save_path is None:
-        return encoder, chunker, {}
-    fingerprint = {
-        **encoder.fingerprint(),
-        **chunker.fingerprint(),
-        "prompt": encoder.prompt,
-        "normalize_embeddings": options.normalize_embeddings,
-        "dim": min(encoder.dim, options.truncate_dim or encoder.dim),
-    }
-    return encoder, chunker, fingerprint

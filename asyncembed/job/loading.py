@@ -1,0 +1,59 @@
+"""What a run needs before its first text: the model, its chunker, and the fingerprint of what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from asyncembed.chunking import Chunker, TextSplitter
+from asyncembed.encoders import Encoder, load_encoder
+from asyncembed.options import EmbedOptions
+
+
+def load_all(
+    options: EmbedOptions, splitter: TextSplitter | None, recorded: Mapping[str, Any]
+) -> tuple[Encoder, Chunker, dict[str, Any]]:
+    """The model, its chunker and their fingerprint (empty if nothing is saved). Blocking, takes seconds.
+
+    Args:
+        options: What the user chose.
+        splitter: Splits long texts; None for the default.
+        recorded: The folder's fingerprint, or nothing: what the user left open is taken from it.
+    """
+    encoder = load_encoder(options, dtype=recorded.get("dtype"))
+    chunker = load_chunker(encoder, options, splitter=splitter, recorded=recorded)
+    return encoder, chunker, run_fingerprint(encoder, chunker, options) if options.folder is not None else {}
+
+
+def load_chunker(
+    encoder: Encoder,
+    options: EmbedOptions,
+    *,
+    splitter: TextSplitter | None = None,
+    recorded: Mapping[str, Any] | None = None,
+) -> Chunker:
+    """A chunker for the model, with a tokenizer of its own.
+
+    Raises:
+        OptionsError: The prompt or `chunk_size` does not go with the model.
+    """
+    return Chunker(
+        encoder.tokenizer(),
+        encoder.max_tokens,
+        prompt=encoder.prompt,
+        chunk_size=options.chunk_size or (recorded or {}).get("chunk_size"),
+        chunk_overlap=options.chunk_overlap,
+        long_texts=options.long_texts,
+        splitter=splitter,
+    )
+
+
+def run_fingerprint(encoder: Encoder, chunker: Chunker, options: EmbedOptions) -> dict[str, Any]:
+    """All that changes a vector: compared when a folder is gone on with."""
+    return {
+        **encoder.fingerprint(),
+        **chunker.fingerprint(),
+        "prompt": encoder.prompt,
+        "normalize_embeddings": options.normalize_embeddings,
+        "dim": min(encoder.dim, options.truncate_dim or encoder.dim),
+    }

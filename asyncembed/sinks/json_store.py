@@ -1,0 +1,167 @@
+"""The JSON store as the event loop sees it: one hop to its own thread for each call."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import aiofiles.os
+import anyio
+
+from asyncembed.errors import ClosedError, CorruptRecordError
+from asyncembed.records import EmbeddedText, Rejected
+from asyncembed.sinks.folder import StorePaths
+from asyncembed.sinks.record_file import StoredText
+from asyncembed.sinks.writer import FolderWriter
+from asyncembed.threads import WorkerThread
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class JsonStore:
+    """A folder of embeddings, one JSON file a text, with one writer at a time.
+
+    `open` takes the folder's lock, `claim` says what the vectors are made with, `commit` saves micro-batches, and
+    `aclose` completes the index and gives the lock back. Constructing one touches nothing. Everything that blocks runs
+    in the store's own thread, one call at a time; cancelling a call stops the waiting, and a call that had begun runs
+    to its end.
+
+    Args:
+        save_path: The folder; made if it is not there.
+        overwrite: Count nothing as done, and remove the earlier results once the folder is claimed.
+    """
+
+    def __init__(self, save_path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        self._writer = FolderWriter(StorePaths.of(save_path), overwrite=overwrite)
+        self._worker = WorkerThread("asyncembed-store")
+        self._state = "new"
+
+    def __repr__(self) -> str:
+        return f"<JsonStore {self._writer.paths.root!r} {self._state} n_done={self.n_done}>"
+
+    @property
+    def path(self) -> Path:
+        """The folder, absolute."""
+        return Path(self._writer.paths.root)
+
+    @property
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What the folder's vectors depend on; None for a new folder, or one that lost it, until `claim`."""
+        return None if self._writer.header is None else dict(self._writer.header.fingerprint)
+
+    @property
+    def made_with(self) -> dict[str, Any] | None:
+        """Backend, versions and model of the job that began the folder; None as for `fingerprint`."""
+        return None if self._writer.header is None else dict(self._writer.header.made_with)
+
+    @property
+    def n_done(self) -> int:
+        """Texts that earlier runs have saved."""
+        return len(self._writer.done)
+
+    async def open(self) -> None:
+        """Take the lock, repair what a killed run left, and find out what is done. On failure all is given back.
+
+        Raises:
+            StoreLockedError: Another job is writing to the folder; the message gives its pid and host.
+            StoreError: The folder cannot be used.
+            ClosedError: The store was opened before; make another.
+        """
+        if self._state != "new":
+            raise ClosedError(f"this store was opened before ({self._state}); make another")
+        self._state = "opening"
+        try:
+            await self._in_thread(self._writer.open)
+        except BaseException:
+            await self.aclose(complete=False)
+            raise
+        self._state = "open"
+
+    async def claim(self, fingerprint: Mapping[str, object], made_with: Mapping[str, object]) -> None:
+        """Compare the folder's fingerprint with this run's, or record it in a new folder.
+
+        Args:
+            fingerprint: What changes a vector: JSON values, `"dim"` among them.
+            made_with: Backend, versions, the model's name: recorded, not compared.
+
+        Raises:
+            StoreMismatchError: Names each key that differs, with both values.
+            StoreError: The folder cannot be written to.
+        """
+        self._require_open()
+        await self._in_thread(self._writer.claim, fingerprint, made_with)
+
+    def done_before(self, ids: Sequence[str]) -> list[bool]:
+        """Whether an earlier run has saved each text. Needs no disk; may be called from any thread while open."""
+        return self._writer.done.contains_many(ids)
+
+    async def contains_many(self, ids: Sequence[str]) -> list[bool]:
+        """Whether an earlier run has saved each text, asked in the store's thread."""
+        self._require_open()
+        return await self._in_thread(self.done_before, ids)
+
+    async def read_many(self, ids: Sequence[str]) -> list[StoredText | CorruptRecordError]:
+        """The stored texts, each checked; an error in the place of one that is damaged or gone.
+
+        Raises:
+            StoreError: The folder cannot be read.
+        """
+        self._require_open()
+        return await self._in_thread(self._writer.read_many, ids)
+
+    async def commit(self, records: Sequence[EmbeddedText]) -> None:
+        """Save a micro-batch in one hop.
+
+        A new text becomes a file and a line of the journal; one that is cached, or was saved by this run already, at
+        most one more key; a failed one a line of journal and `errors.jsonl`.
+
+        Raises:
+            StoreError: The disk or the folder does not take it; what was saved before stays.
+        """
+        self._require_open()
+        await self._in_thread(self._writer.commit, records)
+
+    async def reject(self, rows: Sequence[tuple[str | None, Rejected]]) -> None:
+        """Write skipped rows, each with its place (`file.csv:12`), to `errors.jsonl`.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        self._require_open()
+        await self._in_thread(self._writer.reject, rows)
+
+    async def aclose(self, *, complete: bool = True) -> None:
+        """Complete the index if anything changed, release the lock and end the thread. Idempotent.
+
+        The lock is released whatever happens, also if this call is cancelled: the thread does it by itself.
+
+        Args:
+            complete: False leaves journal and index as they are, for the next run to put in order.
+
+        Raises:
+            StoreError: The index could not be written; journal and files still hold everything.
+        """
+        if self._state == "closed":
+            return
+        self._state = "closed"
+        try:
+            # Not through `_in_thread`: a cancellation must not take the call back before the thread has begun it.
+            closing = self._worker.executor.submit(self._writer.close, complete)
+            with anyio.CancelScope(shield=True):
+                await asyncio.shield(asyncio.wrap_future(closing))
+        finally:
+            await self._worker.aclose()
+
+    def _require_open(self) -> None:
+        if self._state != "open":
+            raise ClosedError(f"{self._writer.paths.root}: the store is {self._state}; open it first, and once")
+
+    async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `function` in the store's thread, with aiofiles' wrapper and our executor."""
+        call: Callable[..., Any] = aiofiles.os.wrap(function)
+        result: T = await call(*args, executor=self._worker.executor, **kwargs)
+        return result

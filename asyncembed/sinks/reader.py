@@ -1,0 +1,241 @@
+"""Reading a folder of embeddings: no lock, no writing, also while a job writes to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from asyncembed.errors import CorruptRecordError, OptionsError, StoreError
+from asyncembed.records import FloatVector, Text, text_id
+from asyncembed.sinks.entries import FAILED, keys_of, parse
+from asyncembed.sinks.folder import StorePaths, record_ids, storage_errors
+from asyncembed.sinks.header import Header
+from asyncembed.sinks.index import index_entries, index_state
+from asyncembed.sinks.journal import journal_header, journal_lines
+from asyncembed.sinks.record_file import StoredText, read_record
+
+_Stamp = tuple[int, int, int]
+
+
+def open_embeddings(path: str | os.PathLike[str]) -> StoredEmbeddings:
+    """The embeddings that a job has saved in a folder.
+
+    Reads little: the first line of the index. Nothing is locked or written; a job may be writing to the folder.
+
+    Raises:
+        StoreError: There is no such folder, it holds no embeddings, or a newer version of this library wrote it.
+    """
+    return StoredEmbeddings(path)
+
+
+class StoredEmbeddings:
+    """A folder of embeddings, read as it is at each call: `len(s)`, `text in s`, `s[text]`, `for stored in s`.
+
+    The per-text files say what is there; the index gives only keys, failures and what the folder was made with.
+    Every text is checked as it is read: the file is whole, its text is the one its name says, the vector is finite.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._paths = StorePaths.of(path)
+        self._by_key: dict[str, str] = {}
+        self._by_key_stamp: tuple[_Stamp, _Stamp] | None = None
+        if not os.path.isdir(self._paths.root):
+            raise StoreError(f"{self._paths.root}: there is no such folder")
+        self._header = self._read_header()
+        if self._header is None and not os.path.isdir(self._paths.data):
+            raise StoreError(f"{self._paths.root}: holds no embeddings; a job writes them with save_path={str(path)!r}")
+
+    def __repr__(self) -> str:
+        return f"<StoredEmbeddings {self._paths.root!r}>"
+
+    @property
+    def path(self) -> Path:
+        """The folder, absolute."""
+        return Path(self._paths.root)
+
+    @property
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What the vectors depend on; None if the folder has lost it."""
+        return None if self._header is None else dict(self._header.fingerprint)
+
+    @property
+    def made_with(self) -> dict[str, Any] | None:
+        """Backend, versions and model of the job that began the folder; None if the folder has lost it."""
+        return None if self._header is None else dict(self._header.made_with)
+
+    @property
+    def dim(self) -> int | None:
+        """Numbers in a vector; None if nothing is stored and nothing says it."""
+        dim = (self.fingerprint or {}).get("dim")
+        if isinstance(dim, int):
+            return dim
+        first = next((block[0] for block in record_ids(self._paths)), None)
+        return None if first is None else len(self.by_id(first).embedding)
+
+    def __len__(self) -> int:
+        with storage_errors(self._paths.data):
+            return sum(map(len, record_ids(self._paths)))
+
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, str) and os.path.exists(self._paths.record(text_id(text)))
+
+    def __getitem__(self, text: str) -> StoredText:
+        """The stored text.
+
+        Raises:
+            KeyError: It is not there.
+            CorruptRecordError: Its file is damaged.
+        """
+        return self._read(text_id(text), text)
+
+    def __iter__(self) -> Iterator[StoredText]:
+        """Every text, one at a time, ids ascending. One that is removed meanwhile is passed over.
+
+        Raises:
+            CorruptRecordError: A file is damaged.
+        """
+        for identity in self.ids():
+            try:
+                stored = self.by_id(identity)
+            except KeyError:
+                continue
+            yield stored
+
+    def ids(self) -> list[str]:
+        """The ids of all stored texts, ascending."""
+        with storage_errors(self._paths.data):
+            return sorted(identity for block in record_ids(self._paths) for identity in block)
+
+    def by_id(self, identity: str) -> StoredText:
+        """The stored text with an id.
+
+        Raises:
+            KeyError: It is not there.
+            CorruptRecordError: Its file is damaged.
+        """
+        return self._read(identity, identity)
+
+    def by_key(self, key: str) -> StoredText:
+        """The stored text that was given with a key; where several were, the one that the index names last.
+
+        The first call reads the keys of the whole index into memory; a later one does so again if a job wrote since.
+
+        Raises:
+            KeyError: No stored text has this key.
+            CorruptRecordError: Its file is damaged.
+        """
+        return self._read(self._keys()[key], key)
+
+    def keys(self) -> list[str]:
+        """Every key that came with a text, whether it could be embedded or not."""
+        return list(self._keys())
+
+    def failures(self) -> dict[str, str]:
+        """Id → reason of the texts that could not be embedded and have not been since."""
+        failed: dict[str, str] = {}
+        for identity, entry in self._entries():
+            if entry.get("status") == FAILED:
+                failed[identity] = str(entry.get("error", ""))
+            elif "status" in entry:
+                failed.pop(identity, None)
+        return {identity: why for identity, why in failed.items() if not os.path.exists(self._paths.record(identity))}
+
+    def to_numpy(
+        self,
+        texts: Iterable[str | Text] | None = None,
+        *,
+        order: Literal["id", "input"] = "id",
+        dtype: npt.DTypeLike = np.float32,
+        missing: Literal["raise", "nan"] = "raise",
+    ) -> tuple[list[str], npt.NDArray[np.floating[Any]]]:
+        """Ids and their vectors as one matrix, filled row by row.
+
+        Args:
+            texts: The texts wanted; None takes all that are stored.
+            order: `id` gives each text once, ids ascending; `input` gives one row for each of `texts`, in their order,
+                a text that comes twice in two rows.
+            dtype: A floating type.
+            missing: What a text that is not stored does: `raise` a KeyError, or give a row of `nan`.
+
+        Returns:
+            `(ids, matrix)`, the matrix of shape `(len(ids), dim)`.
+
+        Raises:
+            OptionsError: `order="input"` without texts, or an argument that cannot be.
+            KeyError: A text is not stored.
+            CorruptRecordError: A file is damaged, or the vectors differ in length.
+        """
+        if order not in ("id", "input") or missing not in ("raise", "nan") or np.dtype(dtype).kind != "f":
+            raise OptionsError(
+                f"order={order!r} is 'id' or 'input', missing={missing!r} is 'raise' or 'nan', "
+                f"dtype={dtype!r} is a floating type"
+            )
+        if isinstance(texts, str) or (texts is None and order == "input"):
+            raise OptionsError(f"texts={texts!r}: order='input' and a choice of texts need an iterable of texts")
+        ids = self.ids() if texts is None else [text_id(t.text if isinstance(t, Text) else t) for t in texts]
+        if order == "id" and texts is not None:
+            ids = sorted(set(ids))
+        return ids, self._matrix(ids, np.dtype(dtype), missing == "nan")
+
+    def _matrix(self, ids: list[str], dtype: np.dtype[Any], nan: bool) -> npt.NDArray[np.floating[Any]]:
+        dim = self.dim or 0
+        matrix = np.empty((len(ids), dim), dtype)
+        rows: dict[str, int] = {}
+        for row, identity in enumerate(ids):
+            first = rows.setdefault(identity, row)
+            matrix[row] = matrix[first] if first != row else self._vector(identity, dim, nan)
+        return matrix
+
+    def _vector(self, identity: str, dim: int, nan: bool) -> FloatVector:
+        try:
+            vector = self.by_id(identity).embedding
+        except KeyError:
+            if nan:
+                return np.full(dim, np.nan, np.float32)
+            raise
+        if len(vector) != dim:
+            path = self._paths.record(identity)
+            raise CorruptRecordError(f"{path}: its vector has {len(vector)} numbers, the folder's have {dim}")
+        return vector
+
+    def _read(self, identity: str, name: str) -> StoredText:
+        path = self._paths.record(identity)
+        with storage_errors(path):
+            try:
+                return read_record(identity, path)
+            except FileNotFoundError:
+                raise KeyError(name) from None
+
+    def _read_header(self) -> Header | None:
+        with storage_errors(self._paths.root):
+            return index_state(self._paths.index).header or journal_header(self._paths.journal)
+
+    def _keys(self) -> dict[str, str]:
+        stamp = (_stamp(self._paths.index), _stamp(self._paths.journal))
+        if stamp != self._by_key_stamp:
+            self._by_key = {key: identity for identity, entry in self._entries() for key in keys_of(entry)}
+            self._by_key_stamp = stamp
+        return self._by_key
+
+    def _entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What index and journal say, older first; begun anew if a job replaces the index meanwhile."""
+        stamp = None
+        while stamp != (stamp := _stamp(self._paths.index)):
+            with storage_errors(self._paths.root):
+                yield from index_entries(self._paths.index)
+                for identity, line in journal_lines(self._paths.journal):
+                    yield identity.decode(), parse(line) or {}
+
+
+def _stamp(path: str) -> _Stamp:
+    """What changes when a file does; zeros if it is not there."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return (0, 0, 0)
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
