@@ -21,8 +21,8 @@ def life_bytes(text: str, dim: int, max_tokens: int) -> int:
     """An up-front estimate of what a text takes until its record is delivered, in bytes.
 
     The text itself, its token ids as int32, a vector for each chunk, and the encoded JSON with the text again.
-    Tokens are taken as one for three characters: generous for English prose (4 to 5), short for some scripts,
-    whose text already counts two to four bytes a character.
+    Tokens are taken as two for three bytes of UTF-8: three times what English prose has, and just enough for code
+    and for scripts that a vocabulary cuts into letters, where chunks are not quite full either.
 
     Args:
         text: The text.
@@ -30,7 +30,8 @@ def life_bytes(text: str, dim: int, max_tokens: int) -> int:
         max_tokens: Tokens of a chunk.
     """
     n_bytes = len(text) if text.isascii() else 4 * len(text)
-    n_tokens = len(text) // 3 + 1
+    n_encoded = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    n_tokens = 2 * n_encoded // 3 + 1
     n_chunks = n_tokens // max(1, max_tokens) + 1
     vectors = (n_chunks + (n_chunks > 1)) * dim * (4 + BYTES_PER_JSON_FLOAT)
     return RECORD_OVERHEAD + 3 * n_bytes + n_tokens * BYTES_PER_TOKEN_ID + vectors

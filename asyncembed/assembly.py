@@ -48,7 +48,7 @@ def weighted_average(vectors: FloatMatrix, weights: Sequence[int]) -> FloatVecto
 
 def normalized(vectors: FloatMatrix) -> FloatMatrix:
     """Rows of shape `(n, dim)` scaled to length 1; a zero row stays zero."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     scaled: FloatMatrix = (vectors / np.maximum(lengths, 1e-12)).astype(np.float32, copy=False)
     return scaled
 
@@ -97,12 +97,16 @@ class Assembler:
             raise AssertionError(f"{len(chunks)} rows went in and {len(vectors)} came out: this is a bug")
         if self._truncate_dim is not None:
             vectors = vectors[:, : self._truncate_dim]
+        sound = np.logical_and(np.isfinite(vectors).all(axis=1), vectors.any(axis=1))
+        usable = np.where(sound[:, np.newaxis], vectors, np.float32(0))
         if self._normalize:
-            vectors = normalized(vectors)
-        sound = np.logical_and(np.isfinite(vectors).all(axis=1), vectors.any(axis=1)).tolist()
+            usable = normalized(usable)
         done: list[Assembled] = []
-        for chunk, vector, is_sound in zip(chunks, vectors, sound, strict=True):
-            finished = self._add_one(chunk, vector.copy()) if is_sound else self.fail(chunk.owner, defect(vector))
+        for row, chunk in enumerate(chunks):
+            if sound[row]:
+                finished = self._add_one(chunk, usable[row].copy())
+            else:
+                finished = self.fail(chunk.owner, defect(vectors[row]))
             if finished is not None:
                 done.append(finished)
         return done

@@ -100,7 +100,8 @@ class Chunker:
             other is asked for every text.
 
     Raises:
-        OptionsError: The prompt leaves no room for a text, or `chunk_size` is more than the model takes.
+        OptionsError: The prompt leaves no room for a text, `chunk_size` is more than the model takes, or
+            `chunk_overlap` is not smaller than a chunk.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Chunker:
         probe, bare = tokenizer.tokenize([prompt + "a", "a"])
         self._n_special = bare.n_prefix + bare.n_suffix
         self._n_prompt = probe.n_content - bare.n_content
+        self._n_prompt_unknown = probe.n_unknown - bare.n_unknown
         self._prompt = prompt
         room = max_tokens - self._n_special - self._n_prompt
         if room < 1:
@@ -129,7 +131,11 @@ class Chunker:
                 f"({max_tokens} less {self._n_special} special and {self._n_prompt} of the prompt)"
             )
         self.chunk_size = chunk_size if chunk_size is not None else room
-        self.chunk_overlap = min(chunk_overlap, self.chunk_size - 1)
+        if chunk_overlap >= self.chunk_size:
+            raise OptionsError(
+                f"chunk_overlap={chunk_overlap} must be smaller than a chunk of {self.chunk_size} tokens"
+            )
+        self.chunk_overlap = chunk_overlap
         self.long_texts = long_texts
         self._splitter = splitter
         self._own_splitter: TextSplitter | None = None
@@ -170,7 +176,7 @@ class Chunker:
     def _tokenize(self, texts: list[str]) -> list[Tokenized | str]:
         """Token ids of each text with prompt, or why the tokenizer refused it."""
         try:
-            return list(self._tokenizer.tokenize([self._prompt + text for text in texts]))
+            return list(self._tokenize_prompted(texts))
         except MemoryError:
             raise
         except Exception as error:
@@ -180,8 +186,17 @@ class Chunker:
                 return ["the text holds a lone surrogate, which no tokenizer takes"]
             return [f"the tokenizer refused the text: {type(error).__name__}: {error}"]
 
+    def _tokenize_prompted(self, texts: list[str]) -> list[Tokenized]:
+        """Token ids of each text with prompt; of the unknown tokens only the text's own are counted."""
+        tokenized = self._tokenizer.tokenize([self._prompt + text for text in texts])
+        if not self._n_prompt_unknown:
+            return list(tokenized)
+        return [found._replace(n_unknown=max(0, found.n_unknown - self._n_prompt_unknown)) for found in tokenized]
+
     def _chunk_one(self, owner: int, text: str, priority: int, found: Tokenized) -> ChunkedText:
         n_tokens = found.n_content - self._n_prompt
+        if self._n_prompt and n_tokens <= 0 < self.count(text):
+            n_tokens = 1  # the prompt's last letters and the text make one token
         if n_tokens <= 0 or not text.strip():
             return ChunkedText(error="the text has no tokens")
         if found.n_unknown >= n_tokens:
@@ -221,8 +236,10 @@ class Chunker:
         at, unknown = 0, 0
         for piece in self._pieces(text):
             start = text.find(piece, at)
-            start = at if start < 0 else start  # a splitter may rewrite its pieces
-            at = start + 1
+            if start < 0:
+                start = at  # a splitter may rewrite its pieces
+            else:
+                at = start + self._unshared(piece)
             for offset, part, found in self._fitting(piece):
                 n_tokens = found.n_content - self._n_prompt
                 if n_tokens > 0:
@@ -243,6 +260,17 @@ class Chunker:
             return splitter.split_text(text)
         return [piece for section in _sections(text) for piece in splitter.split_text(section)]
 
+    def _unshared(self, piece: str) -> int:
+        """Leading characters of a piece that the next one does not share with it: that one is looked for behind them."""
+        splitter = self._splitter
+        overlap = self.chunk_overlap if splitter is None else getattr(splitter, "_chunk_overlap", None)
+        if overlap == 0:
+            return len(piece)
+        if overlap is None or self._ask_always:
+            return 1  # the splitter counts in units of its own
+        starts = [start for start, _ in self._tokenizer.spans(piece)]
+        return max(1, starts[-overlap]) if overlap < len(starts) else 1
+
     def _splitter_of_our_own(self) -> TextSplitter:
         if self._own_splitter is None:
             self._own_splitter = default_splitter(self.count, self.chunk_size, self.chunk_overlap)
@@ -254,7 +282,7 @@ class Chunker:
         waiting = [(0, piece)]
         while waiting:
             offset, part = waiting.pop()
-            found = self._tokenizer.tokenize([self._prompt + part])[0]
+            found = self._tokenize_prompted([part])[0]
             if found.n_content - self._n_prompt <= self.chunk_size:
                 fitting.append((offset, part, found))
                 continue

@@ -177,6 +177,7 @@ class Consumer:
     def close(self) -> None:
         """No more chunks will come: `run` ends when all is done."""
         self._closed = True
+        self._heap.drain()
         self._wake.set()
 
     async def run(self) -> None:

@@ -109,6 +109,7 @@ class Engine:
         self._owners = count()
         self._room = asyncio.Event()
         self._chunking = ChunkingStatistics()
+        self._scope = anyio.CancelScope()
 
     def __repr__(self) -> str:
         return f"<Engine open={len(self._sinks)} {self._heap!r} {self._consumer!r}>"
@@ -152,7 +153,6 @@ class Engine:
         Raises:
             ModelError: The model or its device cannot go on.
         """
-        self._scope = anyio.CancelScope()
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._chunk_all, self._receive)

@@ -32,6 +32,8 @@ class TokenLimitEstimator:
             raise ValueError(f"initial_limit={initial_limit} must be at least 1")
         if min_limit < 1 or (max_limit is not None and max_limit < min_limit):
             raise ValueError(f"min_limit={min_limit} and max_limit={max_limit} leave no room for a limit")
+        if initial_limit is not None and max_limit is not None and initial_limit > max_limit:
+            raise ValueError(f"initial_limit={initial_limit} is above max_limit={max_limit}")
         start = initial_limit if initial_limit is not None else DEFAULT_INITIAL_LIMIT
         self.min_limit = min_limit
         self.max_limit = max_limit if max_limit is not None else max(start, min_limit)

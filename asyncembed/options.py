@@ -45,7 +45,8 @@ def parse_bytes(value: int | str) -> int:
         match = _SIZE.fullmatch(value)
         if match is None or match[2].lower() not in _UNITS:
             raise OptionsError(f"{value!r} is no amount of memory; write bytes, or for example '2GB' or '512MiB'")
-        value = int(float(match[1]) * _UNITS[match[2].lower()])
+        amount, unit = match[1], _UNITS[match[2].lower()]
+        value = int(amount) * unit if amount.isdecimal() else round(float(amount) * unit)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise OptionsError(f"an amount of memory is a positive number of bytes, not {value!r}")
     return value
@@ -123,8 +124,13 @@ class EmbedOptions:
             raise OptionsError(f"chunk_overlap={overlap} must be smaller than chunk_size={self.chunk_size}")
         if not isinstance(self.device, str) or not self.device:
             raise OptionsError(f"device={self.device!r} must be a name such as 'auto', 'cpu' or 'cuda:0'")
+        if self.save_path is not None and not isinstance(self.save_path, (str, os.PathLike)):
+            raise OptionsError(f"save_path={self.save_path!r} must be a folder, or None to write nothing")
         if self.save_path is not None and not os.fspath(self.save_path):
             raise OptionsError("save_path is empty; name a folder, or None to write nothing")
+        for name in ("prompt", "prompt_name", "column"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise OptionsError(f"{name}={getattr(self, name)!r} must be text, or None")
         self.max_memory_bytes  # noqa: B018  # refuses what is no amount of memory now, not mid-run
 
     @property

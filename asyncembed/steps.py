@@ -185,6 +185,7 @@ class PipelineSteps:
             if item is None:
                 given = next(iterator, _END)
                 if given is _END:
+                    self._heap.drain()
                     break
                 item = to_item(given, self._n_items)
             if isinstance(item, Rejected):

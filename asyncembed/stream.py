@@ -15,6 +15,7 @@ from asyncembed.errors import AsyncEmbedError, ClosedError
 from asyncembed.job import Job, JobParts
 from asyncembed.options import DEFAULT_MODEL, DEFAULT_SAVE_PATH, EmbedOptions
 from asyncembed.records import EmbeddedText, FloatVector
+from asyncembed.sources import check_source
 from asyncembed.summary import Summary
 
 if sys.version_info < (3, 11):
@@ -47,7 +48,7 @@ def embed_stream(
         The job, not yet started.
 
     Raises:
-        OptionsError: An option is unknown or cannot be.
+        OptionsError: An option is unknown or cannot be, or `texts` is a single `str` or no iterable.
     """
     chosen = EmbedOptions.from_kwargs(model=model, save_path=save_path, **options)
     return EmbedStream(texts, chosen, JobParts())
@@ -67,6 +68,7 @@ class EmbedStream:
     """
 
     def __init__(self, texts: Iterable[Any] | AsyncIterable[Any], options: EmbedOptions, parts: JobParts) -> None:
+        check_source(texts)
         self._texts = texts
         self._options = options
         self._parts = parts
@@ -146,6 +148,8 @@ class EmbedStream:
         driver.cancel()
         with anyio.CancelScope(shield=True):
             await asyncio.wait([driver])
+        if self._job is not None:
+            self._job.results.close()
         if not driver.cancelled() and (error := driver.exception()) is not None:
             logger.debug("the job ended in an error after it was closed", exc_info=error)
 

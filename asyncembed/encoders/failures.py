@@ -40,7 +40,7 @@ class FailureKind(Enum):
 def classify(error: BaseException) -> FailureKind:
     """What kind of failure an exception is; its causes and contexts are looked through as well."""
     links = list(_chain(error))
-    if any(message in str(link).lower() for link in links for message in _FATAL_MESSAGES):
+    if any(_says(link, _FATAL_MESSAGES) for link in links):
         return FailureKind.FATAL
     if any(_is_out_of_memory(link) for link in links):
         return FailureKind.OUT_OF_MEMORY
@@ -52,8 +52,15 @@ def _is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
+    return _says(error, _MEMORY_MESSAGES)
+
+
+def _says(error: BaseException, messages: tuple[str, ...]) -> bool:
+    """Whether a runtime says one of the messages: a `ValueError` may only be quoting a text that holds it."""
+    if not isinstance(error, RuntimeError) and not type(error).__module__.startswith("onnxruntime"):
+        return False
     text = str(error).lower()
-    return any(message in text for message in _MEMORY_MESSAGES)
+    return any(message in text for message in messages)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

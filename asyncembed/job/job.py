@@ -66,6 +66,7 @@ class Job:
 
     def __init__(self, source: Any, options: EmbedOptions, parts: JobParts) -> None:
         folder = options.folder
+        self._feed = TextFeed(source)
         self.summary = Summary(save_path=str(folder) if folder is not None else None)
         send, receive = anyio.create_memory_object_stream[tuple[Pending, EmbeddedText]](float("inf"))
         self.results: MemoryObjectReceiveStream[tuple[Pending, EmbeddedText]] = receive
@@ -74,7 +75,6 @@ class Job:
         self._parts = parts
         self._budget = MemoryBudget(options.max_memory_bytes)
         self.admission = AdmissionQueue(self._budget.max_bytes, self._budget.exceeded)
-        self._feed = TextFeed(source)
         self._intake = Intake(
             source,
             self._feed,

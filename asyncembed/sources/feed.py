@@ -50,7 +50,7 @@ class TextFeed:
     def __init__(
         self, source: Iterable[Any] | AsyncIterable[Any], *, max_items: int = 256, max_bytes: int = 1 << 20
     ) -> None:
-        _check_source(source)
+        check_source(source)
         if max_items < 1 or max_bytes < 1:
             raise OptionsError(f"max_items={max_items!r} and max_bytes={max_bytes!r} must be at least 1")
         self._source = source
@@ -167,7 +167,7 @@ def _describe(item: object) -> str | None:
         return None
 
 
-def _check_source(source: object) -> None:
+def check_source(source: object) -> None:
     if isinstance(source, (str, bytes, bytearray, memoryview)):
         kind = type(source).__name__
         raise OptionsError(

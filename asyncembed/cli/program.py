@@ -1,0 +1,57 @@
+"""The program: parse, do, and turn whatever happens into lines and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from asyncembed.cli.console import Console
+from asyncembed.cli.exits import Exit
+from asyncembed.cli.parsing import parse
+from asyncembed.cli.request import Request
+from asyncembed.cli.signals import Signals
+
+
+def run_program(arguments: Sequence[str], signals: Signals) -> int:
+    """Do what the arguments say.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        request = parse(arguments)
+    except Exception as error:
+        return Console(quiet=True).explain(error)
+    if isinstance(request, int):
+        return request
+    with Console(quiet=request.quiet, verbose=request.verbose) as console:
+        try:
+            return _perform(request, console, signals)
+        except Exception as error:
+            code = console.explain(error)
+            return signals.exit_code or code
+
+
+def _perform(request: Request, console: Console, signals: Signals) -> int:
+    # The input is opened before anything heavy is imported: a wrong name is told at once.
+    from asyncembed.sources import read_texts
+
+    options = request.options
+    if request.input == "-" and sys.stdin is not None and sys.stdin.isatty():
+        console.say("reading texts from the terminal; Ctrl-D ends them")
+    with read_texts(
+        request.input,
+        input_format=options.input_format,
+        column=options.column,
+        header=options.header,
+        on_bad_row=options.on_bad_row,
+        limit=request.limit,
+    ) as texts:
+        if request.dry_run:
+            from asyncembed.cli.dry_run import dry_run
+
+            dry_run(request, texts, console)
+            return Exit.DONE
+        from asyncembed.cli.run import Run
+
+        return Run(request, texts, console, signals).execute()

@@ -1,0 +1,144 @@
+"""A run: the job, its progress, its stop by a signal, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+
+from asyncembed.cli.console import Console
+from asyncembed.cli.exits import Exit
+from asyncembed.cli.progress import Ticker
+from asyncembed.cli.report import advice, is_complete, summary_lines
+from asyncembed.cli.request import Request
+from asyncembed.cli.signals import CTRL_C, Signals, leave
+from asyncembed.job import JobParts
+from asyncembed.sources import FileTexts
+from asyncembed.stream import EmbedStream
+from asyncembed.summary import Summary
+
+ABANDON_S = 1.0
+"""How long closing the folder may take when a run is stopped before its model is loaded."""
+
+
+class Run:
+    """One run, executed once.
+
+    Args:
+        request: What the user asked for.
+        texts: The input, open.
+        console: Where words go.
+        signals: The program's handlers.
+    """
+
+    def __init__(self, request: Request, texts: FileTexts, console: Console, signals: Signals) -> None:
+        self._request = request
+        self._texts = texts
+        self._console = console
+        self._signals = signals
+        self._is_loaded = False
+        self._abandoning: asyncio.Task[None] | None = None
+        self._has_results = False
+        parts = JobParts(want_results=False, on_loaded=self._loaded, on_progress=self._results)
+        self._stream = EmbedStream(texts, request.options, parts)
+
+    def execute(self) -> int:
+        """Run to the end, report, and return the exit code.
+
+        Raises:
+            AsyncEmbedError: The run could not go on; what was finished is saved and reported as JSON if asked for.
+        """
+        try:
+            summary = asyncio.run(self._run())
+        except Exception as error:
+            self._report(self._stream.summary, error)
+            raise
+        self._report(summary, None)
+        code = Exit.DONE if is_complete(summary) else Exit.INCOMPLETE
+        return self._signals.exit_code or code
+
+    async def _run(self) -> Summary:
+        loop = asyncio.get_running_loop()
+        self._console.display.loading(f"the model {self._request.options.model}")
+        try:
+            with self._signals.stopping(loop, self._stop), Ticker(self._show_progress):
+                return await self._stream.run()
+        except asyncio.CancelledError:
+            if self._abandoning is None:
+                raise
+            return self._stream.summary
+        finally:
+            self._console.display.close()
+
+    def _loaded(self) -> None:
+        self._is_loaded = True
+        summary = self._stream.summary
+        where = f"{summary.device}, {summary.backend}, {summary.dtype}"
+        self._console.display.started(
+            f"loaded {summary.model} ({where}); embedding {self._texts.name} into {self._request.options.save_path}"
+        )
+
+    def _results(self) -> None:
+        """After each micro-batch. The display has a clock of its own."""
+        if not self._has_results:
+            self._has_results = True
+            self._console.tell("the first results are saved")
+
+    def _show_progress(self) -> None:
+        display = self._console.display
+        if not display.due():
+            return
+        if not self._is_loaded:
+            display.update(None, f"still loading the model {self._request.options.model}")
+            return
+        summary = self._stream.summary
+        words = f"{summary.texts:,} texts, {summary.tokens_per_second:,.0f} tokens/s, limit {summary.token_limit:,}"
+        share = share_done(self._texts, summary.texts, self._request.limit)
+        display.update(share, f"{words}, {summary.failed:,} failed")
+
+    def _stop(self) -> None:
+        """The first signal, on the event loop."""
+        who = self._signals.name
+        if self._is_loaded:
+            again = "press again to leave at once" if who == CTRL_C else "a second one leaves at once"
+            self._console.say(f"{who}: finishing the batch in hand; {again}")
+            self._stream.stop()
+            return
+        self._console.say(f"{who}: leaving; nothing was computed yet")
+        self._abandoning = asyncio.get_running_loop().create_task(self._abandon(), name="asyncembed-abandon")
+
+    async def _abandon(self) -> None:
+        """Leave while the model is being loaded.
+
+        Closing cancels the job, which gives the folder back first and then waits for the thread that loads: that
+        cannot be interrupted and has nothing to save, so it is not waited for.
+        """
+        closing = asyncio.get_running_loop().create_task(self._stream.aclose(), name="asyncembed-close")
+        await asyncio.wait([closing], timeout=ABANDON_S)
+        self._report(self._stream.summary, None)
+        leave(self._signals.exit_code or Exit.CANNOT)
+
+    def _report(self, summary: Summary, error: Exception | None) -> None:
+        console = self._console
+        console.display.close()
+        if self._signals.received is not None:
+            summary.stopped = True
+        if self._request.as_json:
+            console.result({**summary.as_dict(), "error": None if error is None else str(error)})
+        elif error is None:
+            console.results(summary_lines(summary, self._texts.name))
+        if error is None:
+            for line in advice(summary):
+                console.warn(line)
+
+
+def share_done(texts: FileTexts, n_done: int, limit: int | None) -> float | None:
+    """How much of the input is done, from 0 to 1; None if its length is not known.
+
+    The file is read ahead, so the share of its bytes that was read is scaled down to the texts that have their result.
+    """
+    done_of_read = n_done / texts.n_texts if texts.n_texts else 0.0
+    shares = []
+    if texts.bytes_total:
+        shares.append(texts.bytes_read / texts.bytes_total * done_of_read)
+    if limit is not None:
+        shares.append(n_done / limit)
+    return min(1.0, max(shares)) if shares else None

@@ -1,0 +1,241 @@
+"""However a stream ends, it closes cleanly: no task, no thread, no reserved byte, no warning is left."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from asyncembed import AsyncEmbedError, ClosedError, OptionsError, StoreLockedError, Text, embed_stream
+from tests.conftest import all_tasks_done
+from tests.fakes import FakeEncoder
+
+pytestmark = pytest.mark.usefixtures("no_leftovers")
+
+
+def numbered(n: int) -> list[str]:
+    return [f"text number {i}" for i in range(n)]
+
+
+async def from_list(texts: list[str]) -> AsyncIterator[str]:
+    for text in texts:
+        yield text
+
+
+async def endless() -> AsyncIterator[str]:
+    number = 0
+    while True:
+        yield f"text number {number}"
+        number += 1
+
+
+def reserved(stream: Any) -> tuple[int, int]:
+    now = stream._job.admission.statistics()
+    return now.reserved_bytes, now.n_in_flight
+
+
+async def test_awaiting_a_list_gives_a_dictionary_in_input_order(model: Any) -> None:
+    stream = embed_stream(["pear", "apple", "pear"], model=model, save_path=None)
+    vectors = await stream
+    assert list(vectors) == ["pear", "apple"]
+    assert all(v.shape == (384,) and v.dtype == np.float32 for v in vectors.values())
+    assert reserved(stream) == (0, 0)
+    await all_tasks_done()
+
+
+async def test_iterating_an_async_generator_gives_each_text_once(model: Any) -> None:
+    texts = numbered(40)
+    seen = [record.index async for record in embed_stream(from_list(texts), model=model, save_path=None)]
+    assert sorted(seen) == list(range(40))
+    await all_tasks_done()
+
+
+async def test_break_half_way_closes_everything(model: Any) -> None:
+    stream = embed_stream(endless(), model=model, save_path=None)
+    n_seen = 0
+    async for _ in stream:
+        n_seen += 1
+        if n_seen == 20:
+            break
+    await all_tasks_done()
+    assert reserved(stream) == (0, 0)
+
+
+async def test_leaving_the_block_half_way_closes_everything(model: Any, tmp_path: Path) -> None:
+    async with embed_stream(endless(), model=model, save_path=tmp_path) as stream:
+        async for _ in stream:
+            break
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert reserved(stream) == (0, 0)
+    async with embed_stream(["again"], model=model, save_path=tmp_path) as again:  # the lock is free
+        await again
+
+
+async def test_cancellation_half_way_closes_everything(model: Any, tmp_path: Path) -> None:
+    stream = embed_stream(endless(), model=model, save_path=tmp_path)
+    begun = asyncio.Event()
+
+    async def read() -> None:
+        async for _ in stream:
+            begun.set()
+
+    task = asyncio.get_running_loop().create_task(read())
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert reserved(stream) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_exception_in_the_source_comes_out_unchanged_after_the_texts_before_it(model: Any, kind: str) -> None:
+    boom = LookupError("the database went away")
+
+    def failing() -> Iterator[str]:
+        yield from numbered(5)
+        raise boom
+
+    async def failing_async() -> AsyncIterator[str]:
+        for text in numbered(5):
+            yield text
+        raise boom
+
+    stream = embed_stream(failing() if kind == "sync" else failing_async(), model=model, save_path=None)
+    seen = []
+    with pytest.raises(LookupError) as caught:
+        async for record in stream:
+            seen.append(record.index)
+    assert caught.value is boom
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+    assert reserved(stream) == (0, 0)
+    await all_tasks_done()
+
+
+async def test_blocking_generator_never_blocks_the_loop(model: Any) -> None:
+    """The generator waits until the loop has ticked a hundred times: it would wait for ever on the loop's thread."""
+    ticked = threading.Event()
+
+    def blocking() -> Iterator[str]:
+        yield "before"
+        assert ticked.wait(60)
+        yield "after"
+
+    async def heartbeat() -> None:
+        for _ in range(100):
+            await asyncio.sleep(0)
+        ticked.set()
+
+    beating = asyncio.get_running_loop().create_task(heartbeat())
+    vectors = await embed_stream(blocking(), model=model, save_path=None)
+    await beating
+    assert list(vectors) == ["before", "after"]
+
+
+async def test_slow_reader_slows_the_source() -> None:
+    """Nobody reads on: the source is not pulled beyond what the budget holds."""
+    pulled = 0
+
+    def source() -> Iterator[str]:
+        nonlocal pulled
+        while True:
+            pulled += 1
+            yield f"text number {pulled}"
+
+    stream = embed_stream(source(), model=FakeEncoder(), save_path=None, max_memory_usage=200_000)
+    async with stream:
+        async for _ in stream:
+            break_at = pulled
+            for _ in range(2000):  # the loop turns, and nobody takes a record
+                await asyncio.sleep(0)
+            assert stream._job.admission.statistics().n_waiting == 1
+            assert pulled <= 200_000 // 1500 + 2 * 256 + 2
+            assert break_at > 0
+            break
+
+
+async def test_stop_finishes_the_batch_in_hand_and_ends(tmp_path: Path) -> None:
+    stream = embed_stream(endless(), model=FakeEncoder(), save_path=tmp_path)
+    n_seen = 0
+    async for _ in stream:
+        n_seen += 1
+        if n_seen == 10:
+            stream.stop()
+    summary = stream.summary
+    assert summary.stopped
+    assert summary.texts == n_seen == summary.embedded + summary.duplicates
+    assert reserved(stream) == (0, 0)
+    n_files = len(list((tmp_path / "embeddings_data").glob("*.json")))
+    assert n_files == summary.embedded
+
+
+async def test_stop_before_the_model_is_loaded_ends_without_results(tmp_path: Path) -> None:
+    stream = embed_stream(numbered(3), model=FakeEncoder(), save_path=tmp_path)
+    runner = asyncio.get_running_loop().create_task(stream.run())
+    await asyncio.sleep(0)
+    stream.stop()
+    summary = await runner
+    assert summary.stopped
+
+
+async def test_ordered_gives_input_order_under_a_tiny_budget() -> None:
+    """The long text at the head of the line holds all others back, and the budget is full: it still comes."""
+    texts = [("word " * (60 if i % 7 == 0 else 1 + i % 3)) + str(i) for i in range(400)]
+    stream = embed_stream(texts, model=FakeEncoder(), save_path=None, ordered=True, max_memory_usage=20_000)
+    assert [record.index async for record in stream] == list(range(400))
+
+
+async def test_every_text_failed_raises_with_the_reason(model: Any) -> None:
+    with pytest.raises(AsyncEmbedError, match="none of the 2 texts could be embedded.*no tokens"):
+        await embed_stream(["", "  \n"], model=model, save_path=None)
+
+
+async def test_on_error_raise_names_the_text(model: Any) -> None:
+    with pytest.raises(AsyncEmbedError, match="text 1 cannot be embedded: the text has no tokens"):
+        await embed_stream(["good", " "], model=model, save_path=None, on_error="raise")
+
+
+async def test_item_that_is_no_text_is_a_failed_record_with_its_position(model: Any) -> None:
+    stream = embed_stream(["good", 5, None, b"bytes"], model=model, save_path=None)
+    vectors = await stream
+    assert list(vectors) == ["good"]
+    assert [failure.index for failure in stream.failures] == [1, 2, 3]
+    assert "item 1 of the input is a int" in stream.failures[0].error.replace("an int", "a int")
+
+
+async def test_stream_is_used_once(model: Any) -> None:
+    stream = embed_stream(["once"], model=model, save_path=None)
+    await stream
+    with pytest.raises(ClosedError):
+        await stream
+    with pytest.raises(ClosedError):
+        aiter(stream)
+
+
+async def test_keys_travel_with_their_texts(model: Any, tmp_path: Path) -> None:
+    source = [Text("pear", key="a"), Text("apple", key="b"), Text("pear", key="c")]
+    records = [record async for record in embed_stream(source, model=model, save_path=tmp_path)]
+    assert {record.key: record.text for record in records} == {"a": "pear", "b": "apple", "c": "pear"}
+
+
+def test_single_str_is_refused() -> None:
+    with pytest.raises(OptionsError, match="one text"):
+        embed_stream("not a list")
+
+
+def test_unknown_option_is_refused_by_name() -> None:
+    with pytest.raises(OptionsError, match="'batchsize'"):
+        embed_stream([], batchsize=3)
+
+
+async def test_second_writer_in_one_process_is_refused(tmp_path: Path) -> None:
+    async with embed_stream(endless(), model=FakeEncoder(), save_path=tmp_path) as first:
+        async for _ in first:
+            with pytest.raises(StoreLockedError):
+                await embed_stream(["x"], model=FakeEncoder(), save_path=tmp_path)
+            break
