@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.encoders.failures import FailureKind, classify
@@ -81,11 +81,14 @@ class ModelRunner:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self._under_way: deque[tuple[Batch, object, float]] = deque()
+        self._fatal: Exception | None = None
 
     def advance(self, batch: Batch | None) -> Outcome | None:
         """Start `batch`, and finish the oldest one under way if all slots are taken or there is nothing to start."""
         if batch is not None:
             started = time.perf_counter()
+            if self._fatal is not None:  # the device's context is dead: nothing it would give can be trusted
+                return Outcome(batch, None, 0.0, FailureKind.FATAL, self._fatal)
             try:
                 handle = self._encoder.start(batch)
             except Exception as error:
@@ -112,11 +115,21 @@ class ModelRunner:
     def _failure(self, batch: Batch, error: Exception, started: float) -> Outcome:
         """Called outside the `except` block, whose traceback would keep the batch's tensors alive."""
         kind = classify(error)
+        if kind is FailureKind.FATAL:
+            self._fatal = error
         if kind is FailureKind.OUT_OF_MEMORY:
             traceback.clear_frames(error.__traceback__)
             error.__traceback__ = error.__context__ = error.__cause__ = None
             self._encoder.free_memory()
         return Outcome(batch, None, time.perf_counter() - started, kind, error)
+
+
+class _Submitted(NamedTuple):
+    """A batch given to the model's thread, and whether it is a part of one that failed."""
+
+    batch: Batch
+    future: Future[Outcome | None]
+    is_retry: bool
 
 
 class Consumer:
@@ -156,7 +169,7 @@ class Consumer:
         self._on_embedded = on_embedded
         self._on_failed = on_failed
         self._retries: deque[Batch] = deque()
-        self._submitted: deque[tuple[Batch, Future[Outcome | None]]] = deque()
+        self._submitted: deque[_Submitted] = deque()
         self._n_under_way = 0
         self._wake = asyncio.Event()
         self._closed = False
@@ -170,8 +183,10 @@ class Consumer:
 
     def notify(self) -> None:
         """Chunks have arrived in the heap."""
-        if len(self._submitted) > self._encoder.slots and not self._is_full(self._submitted[-1][0]):
-            self._withdraw()
+        if len(self._submitted) > self._encoder.slots:
+            ready = self._submitted[-1]
+            if not ready.is_retry and not self._is_full(ready.batch):
+                self._withdraw()
         self._wake.set()
 
     def close(self) -> None:
@@ -196,25 +211,29 @@ class Consumer:
                     outcome = await self._worker.run(self._runner.advance, None)
                     self._settle(outcome)
                     continue
-            elif self._submitted[0][1].done():
-                _, future = self._submitted.popleft()
+            elif self._submitted[0].future.done():
+                first = self._submitted.popleft()
                 self._n_under_way += 1
-                self._settle(future.result())
+                self._settle(first.future.result())
                 continue
             await self._wake.wait()
             self._wake.clear()
 
     def drop_waiting(self) -> None:
         """Forget what has not begun: the heap, what was to be retried, and the batch kept ready."""
-        while len(self._submitted) > 1 and self._submitted[-1][1].cancel():
+        while len(self._submitted) > 1 and self._submitted[-1].future.cancel():
             self._submitted.pop()
         self._retries.clear()
         self._heap.clear()
 
     def _submit_more(self, loop: asyncio.AbstractEventLoop) -> None:
-        while len(self._submitted) <= self._encoder.slots and (batch := self._next()) is not None:
+        while len(self._submitted) <= self._encoder.slots:
+            is_retry = bool(self._retries)
+            batch = self._next()
+            if batch is None:
+                return
             future = self._worker.submit(self._runner.advance, batch)
-            self._submitted.append((batch, future))
+            self._submitted.append(_Submitted(batch, future, is_retry))
             future.add_done_callback(lambda _: _call_soon(loop, self._wake.set))
 
     def _next(self) -> Batch | None:
@@ -270,9 +289,16 @@ class Consumer:
         self._on_failed(chunk, f"the model failed on it: {type(error).__name__}: {error}")
 
     def _withdraw(self) -> None:
-        """Take back batches that were kept ready and have not begun."""
-        while self._submitted and self._submitted[-1][1].cancel():
-            self._heap.put_back(self._submitted.pop()[0])
+        """Take back batches that were kept ready and have not begun.
+
+        Parts of a failed batch stay as they are: mixed with others, the search for the text at fault would begin anew.
+        """
+        while self._submitted and self._submitted[-1].future.cancel():
+            last = self._submitted.pop()
+            if last.is_retry:
+                self._retries.appendleft(last.batch)
+            else:
+                self._heap.put_back(last.batch)
 
     def _is_full(self, batch: Batch) -> bool:
         rows_are_full = self._max_rows is not None and len(batch.chunks) >= self._max_rows

@@ -19,6 +19,7 @@ from asyncembed.assembly import Assembled, Assembler
 from asyncembed.chunking import Chunker
 from asyncembed.consumer import Consumer, ConsumerStatistics, LimitEstimator
 from asyncembed.encoders.base import Encoder, FloatMatrix
+from asyncembed.errors import ClosedError
 from asyncembed.heap import ChunkHeap, HeapStatistics
 from asyncembed.records import Batch, Chunk
 from asyncembed.threads import WorkerThread
@@ -129,8 +130,14 @@ class Engine:
         """Hand texts over; waits while the window of chunks is full.
 
         Cancelled while waiting, none of them was taken.
+
+        Raises:
+            ClosedError: The engine has ended; why is told by `run`.
         """
-        await self._send.send(submissions)
+        try:
+            await self._send.send(submissions)
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            raise ClosedError("the engine takes no more texts: it has ended") from None
 
     def close(self) -> None:
         """No more texts will come: `run` ends when all were given to their sinks. Idempotent."""

