@@ -261,15 +261,16 @@ class Chunker:
         return [piece for section in _sections(text) for piece in splitter.split_text(section)]
 
     def _unshared(self, piece: str) -> int:
-        """Leading characters of a piece that the next one does not share with it: that one is looked for behind them."""
+        """Leading characters of a piece that the next one cannot begin among."""
         splitter = self._splitter
         overlap = self.chunk_overlap if splitter is None else getattr(splitter, "_chunk_overlap", None)
-        if overlap == 0:
-            return len(piece)
-        if overlap is None or self._ask_always:
+        if overlap is None or (overlap and self._ask_always):
             return 1  # the splitter counts in units of its own
-        starts = [start for start, _ in self._tokenizer.spans(piece)]
-        return max(1, starts[-overlap]) if overlap < len(starts) else 1
+        spans = self._tokenizer.spans(piece)
+        if overlap >= len(spans):
+            return 1
+        # Without overlap too, characters at the end that make no token are given to both by LangChain's splitters.
+        return max(1, spans[-overlap][0] if overlap else spans[-1][1])
 
     def _splitter_of_our_own(self) -> TextSplitter:
         if self._own_splitter is None:

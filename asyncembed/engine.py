@@ -37,8 +37,6 @@ Sink = Callable[[Assembled], None]
 class ChunkingStatistics:
     """Totals since the start; tokens without prompt and special tokens."""
 
-    chunks: int = 0
-    tokens: int = 0
     dropped_tokens: int = 0
     unknown_tokens: int = 0
 
@@ -183,8 +181,6 @@ class Engine:
                     if result.error is not None:
                         item.sink(Assembled(item.owner, None, error=result.error))
                         continue
-                    self._chunking.chunks += len(result.chunks)
-                    self._chunking.tokens += result.n_tokens
                     self._chunking.dropped_tokens += result.dropped_tokens
                     self._sinks[item.owner] = item.sink
                     self._assembler.expect(item.owner, len(result.chunks))

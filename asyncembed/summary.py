@@ -22,8 +22,8 @@ class Summary:
         failed: Without a vector; the reasons are in `EmbedStream.failures` and `errors.jsonl`.
         skipped: Rows of a file that could not be a text, skipped on request, and blank ones.
         blank: How many of the skipped rows were only blank.
-        chunks: Chunks made.
-        tokens: Tokens of the chunks, without special tokens and prompt.
+        chunks: Chunks of the embedded texts.
+        tokens: Their tokens, without special tokens and prompt.
         dropped_tokens: Tokens cut off by `long_texts="truncate"`.
         unknown_tokens: Tokens that the model's vocabulary does not know.
         padding: Padded tokens that carried nothing, over those that did.

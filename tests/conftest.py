@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from asyncembed import EmbedOptions, load_encoder
@@ -39,5 +40,5 @@ async def all_tasks_done() -> None:
     """Wait until no other task runs on this loop."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     if others:
-        async with asyncio.timeout(30):
+        with anyio.fail_after(30):
             await asyncio.wait(others)

@@ -39,19 +39,21 @@ def _perform(request: Request, console: Console, signals: Signals) -> int:
     options = request.options
     if request.input == "-" and sys.stdin is not None and sys.stdin.isatty():
         console.say("reading texts from the terminal; Ctrl-D ends them")
-    with read_texts(
+    # Whoever reads the texts closes them. Not closed here: after a stop a thread may still wait in standard input, and
+    # closing would wait with it.
+    texts = read_texts(
         request.input,
         input_format=options.input_format,
         column=options.column,
         header=options.header,
         on_bad_row=options.on_bad_row,
         limit=request.limit,
-    ) as texts:
-        if request.dry_run:
-            from asyncembed.cli.dry_run import dry_run
+    )
+    if request.dry_run:
+        from asyncembed.cli.dry_run import dry_run
 
-            dry_run(request, texts, console)
-            return Exit.DONE
-        from asyncembed.cli.run import Run
+        dry_run(request, texts, console)
+        return Exit.DONE
+    from asyncembed.cli.run import Run
 
-        return Run(request, texts, console, signals).execute()
+    return Run(request, texts, console, signals).execute()

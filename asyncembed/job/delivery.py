@@ -135,5 +135,7 @@ class Delivery:
             summary.duplicates += 1
         elif isinstance(pending.result, Assembled):
             summary.embedded += 1
+            summary.chunks += len(record.chunks)
+            summary.tokens += record.n_tokens
         else:
             raise AssertionError("a text was neither computed nor found: this is a bug")

@@ -123,7 +123,6 @@ class Job:
         summary = self.summary
         if self._engine is not None:
             done = self._engine.statistics()
-            summary.chunks, summary.tokens = done.chunking.chunks, done.chunking.tokens
             summary.dropped_tokens = done.chunking.dropped_tokens
             summary.unknown_tokens = done.chunking.unknown_tokens
             summary.batches, summary.ooms = done.consumer.batches, done.consumer.ooms
