@@ -183,10 +183,8 @@ class Consumer:
 
     def notify(self) -> None:
         """Chunks have arrived in the heap."""
-        if len(self._submitted) > self._encoder.slots:
-            ready = self._submitted[-1]
-            if not ready.is_retry and not self._is_full(ready.batch):
-                self._withdraw()
+        if len(self._submitted) > self._encoder.slots and not self._is_full(self._submitted[-1].batch):
+            self._withdraw()
         self._wake.set()
 
     def close(self) -> None:

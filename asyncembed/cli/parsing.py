@@ -19,7 +19,7 @@ DESCRIPTION = """\
 Compute one embedding for every text of a file: a line of .txt, a row of .csv, a string of .json.
 
 INPUT is a file, or - for standard input. The results go to a folder, one JSON file a text. A run that was stopped,
-even by a power cut, is continued by the same command; a second run computes only what is new.
+even killed, is continued by the same command; a second run computes only what is new.
 """
 
 EXAMPLES = (
