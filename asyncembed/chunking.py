@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,50 +19,19 @@ from asyncembed.encoders.base import Tokenized, Tokenizer
 from asyncembed.errors import OptionsError
 from asyncembed.options import LongTexts
 from asyncembed.records import Chunk
+from asyncembed.splitting import (
+    SECTION_CHARS,
+    TextSplitter,
+    TokenCounter,
+    UncuttableError,
+    cut_between_tokens,
+    default_splitter,
+    sections,
+)
 
-_SEPARATORS = ["\n\n", "\n", "。", "！", "？", "।", ". ", " "]
-"""Where a long text may be cut, best first. What is still too long then is cut between tokens."""
+__all__ = ["ChunkedText", "Chunker", "TokenCounter"]
 
-_SECTION_CHARS = 1 << 16
-"""A very long text goes to the splitter in sections, so that its lists stay small."""
-
-_MEMO_CHARS = 24
-_MEMO_ENTRIES = 1 << 16
 _PROBE_TEXT = "One sentence, and another one. A line\nand a paragraph\n\n" * 60
-
-
-class _UncuttableError(Exception):
-    """A piece of one character is still longer than a chunk."""
-
-
-class TextSplitter(Protocol):
-    """What is used of a LangChain text splitter."""
-
-    def split_text(self, text: str) -> list[str]:
-        """The text in pieces, in order."""
-        ...
-
-
-class TokenCounter:
-    """Counts the tokens of a text, without special tokens and prompt: a `length_function` for a splitter.
-
-    Args:
-        tokenizer: A tokenizer that only the calling thread uses.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._memo: dict[str, int] = {}
-
-    def __call__(self, text: str) -> int:
-        """Tokens of `text`."""
-        known = self._memo.get(text)
-        if known is not None:
-            return known
-        n_tokens = self._tokenizer.tokenize([text])[0].n_content
-        if len(text) <= _MEMO_CHARS and len(self._memo) < _MEMO_ENTRIES:
-            self._memo[text] = n_tokens
-        return n_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +116,17 @@ class Chunker:
 
     def chunk(self, texts: Sequence[tuple[int, str, int]]) -> list[ChunkedText]:
         """Chunks of a micro-batch of texts, given as (owner, text, priority): one result each, in order."""
-        tokenized = self._tokenize([text for _, text, _ in texts])
-        return [
-            ChunkedText(error=found) if isinstance(found, str) else self._chunk_one(owner, text, priority, found)
-            for (owner, text, priority), found in zip(texts, tokenized, strict=True)
-        ]
+        tokenized = iter(self._tokenize([text for _, text, _ in texts if len(text) <= SECTION_CHARS]))
+        results: list[ChunkedText] = []
+        for owner, text, priority in texts:
+            found = next(tokenized) if len(text) <= SECTION_CHARS else None
+            if found is None:
+                results.append(self._chunk_very_long(owner, text, priority))
+            elif isinstance(found, str):
+                results.append(ChunkedText(error=found))
+            else:
+                results.append(self._chunk_one(owner, text, priority, found))
+        return results
 
     def fingerprint(self) -> dict[str, Any]:
         """What of the chunking changes a vector: settings, and the splitter's class, attributes and its work."""
@@ -182,9 +156,7 @@ class Chunker:
         except Exception as error:
             if len(texts) > 1:
                 return [found for text in texts for found in self._tokenize([text])]
-            if any("\ud800" <= character <= "\udfff" for character in texts[0]):
-                return ["the text holds a lone surrogate, which no tokenizer takes"]
-            return [f"the tokenizer refused the text: {type(error).__name__}: {error}"]
+            return [_refusal(texts[0], error)]
 
     def _tokenize_prompted(self, texts: list[str]) -> list[Tokenized]:
         """Token ids of each text with prompt; of the unknown tokens only the text's own are counted."""
@@ -216,6 +188,28 @@ class Chunker:
             return ChunkedText(error=f"the text has {n_tokens} tokens; a chunk takes {self.chunk_size}")
         return self._truncate(owner, text, priority, found)
 
+    def _chunk_very_long(self, owner: int, text: str, priority: int) -> ChunkedText:
+        """A text that is tokenised in sections, never as a whole unless it has next to no tokens."""
+        if not text.strip():
+            return ChunkedText(error="the text has no tokens")
+        if self.long_texts == "average":
+            return self._split(owner, text, priority)
+        try:
+            counts = [(section, self.count(section)) for section in sections(text)]
+            n_tokens = sum(count for _, count in counts)
+            if self.long_texts == "error" and n_tokens > self.chunk_size:
+                return ChunkedText(error=f"the text has {n_tokens} tokens; a chunk takes {self.chunk_size}")
+            head, n_head = "", 0
+            for section, count in counts:
+                head, n_head = head + section, n_head + count
+                if n_head > self.chunk_size:
+                    break
+            found = self._tokenize_prompted([head])[0]
+        except Exception as error:
+            return ChunkedText(error=_refusal(text, error))
+        chunked = self._chunk_one(owner, head, priority, found)
+        return replace(chunked, dropped_tokens=chunked.dropped_tokens + n_tokens - n_head)
+
     def _truncate(self, owner: int, text: str, priority: int, found: Tokenized) -> ChunkedText:
         """The first tokens, the special ones kept at both ends: what the model's own truncation gives."""
         keep = found.n_prefix + self._n_prompt + self.chunk_size
@@ -228,8 +222,12 @@ class Chunker:
     def _split(self, owner: int, text: str, priority: int) -> ChunkedText:
         try:
             return self._split_into_chunks(owner, text, priority)
-        except _UncuttableError as error:
+        except MemoryError:
+            raise
+        except UncuttableError as error:
             return ChunkedText(error=str(error))
+        except Exception as error:
+            return ChunkedText(error=_refusal(text, error))
 
     def _split_into_chunks(self, owner: int, text: str, priority: int) -> ChunkedText:
         chunks: list[Chunk] = []
@@ -258,7 +256,7 @@ class Chunker:
             splitter = self._splitter_of_our_own()
         if self._ask_always:
             return splitter.split_text(text)
-        return [piece for section in _sections(text) for piece in splitter.split_text(section)]
+        return [piece for section in sections(text) for piece in splitter.split_text(section)]
 
     def _unshared(self, piece: str) -> int:
         """Leading characters of a piece that the next one cannot begin among."""
@@ -287,53 +285,13 @@ class Chunker:
             if found.n_content - self._n_prompt <= self.chunk_size:
                 fitting.append((offset, part, found))
                 continue
-            if len(part) < 2:
-                raise _UncuttableError(f"one character has {found.n_content} tokens; a chunk takes {self.chunk_size}")
-            cuts = self._cuts(part, found.n_content - self._n_prompt)
+            cuts = list(cut_between_tokens(self._tokenizer, part, found.n_content - self._n_prompt, self.chunk_size))
             waiting += [(offset + start, part[start:stop]) for start, stop in reversed(cuts)]
         return fitting
 
-    def _cuts(self, part: str, n_tokens: int) -> list[tuple[int, int]]:
-        """Spans of `part`, which is too long, each of `chunk_size` tokens as tokenised in place.
 
-        Cut out of its place a piece may have some tokens more; then it is cut again, in halves.
-        """
-        starts = [start for start, _ in self._tokenizer.spans(part)]
-        step = self.chunk_size if len(starts) > self.chunk_size else max(1, n_tokens // 2)
-        inner = sorted({start for start in starts[step::step] if 0 < start < len(part)})
-        edges = [0, *(inner or [len(part) // 2]), len(part)]
-        return [(start, stop) for start, stop in pairwise(edges) if start < stop]
-
-
-def default_splitter(count: Callable[[str], int], chunk_size: int, chunk_overlap: int = 0) -> TextSplitter:
-    """A `RecursiveCharacterTextSplitter` by paragraphs, lines, sentences and words.
-
-    Its import alone takes most of a second, so it is made at the first long text.
-
-    Args:
-        count: Text → tokens.
-        chunk_size: Most tokens of a piece.
-        chunk_overlap: Tokens that neighbouring pieces share.
-    """
-    from langchain_text_splitters import RecursiveCharacterTextSplitter
-
-    splitter: TextSplitter = RecursiveCharacterTextSplitter(
-        separators=_SEPARATORS,
-        keep_separator="end",
-        chunk_size=chunk_size,
-        chunk_overlap=chunk_overlap,
-        length_function=count,
-    )
-    return splitter
-
-
-def _sections(text: str) -> list[str]:
-    """A very long text in parts of some 65,000 characters, cut where a paragraph, line or word ends."""
-    sections, at = [], 0
-    while len(text) - at > _SECTION_CHARS:
-        ends = (text.rfind(mark, at + _SECTION_CHARS // 2, at + _SECTION_CHARS) for mark in ("\n\n", "\n", " "))
-        end = next((end for end in ends if end > 0), at + _SECTION_CHARS - 1) + 1
-        sections.append(text[at:end])
-        at = end
-    sections.append(text[at:])
-    return sections
+def _refusal(text: str, error: Exception) -> str:
+    """Why tokenizer or splitter refused a text."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "the text holds a lone surrogate, which no tokenizer takes"
+    return f"the tokenizer refused the text: {type(error).__name__}: {error}"

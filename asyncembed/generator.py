@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from asyncembed.assembly import Assembler
-from asyncembed.chunking import TextSplitter, TokenCounter, default_splitter
+from asyncembed.chunking import TokenCounter
 from asyncembed.consumer import LimitEstimator
 from asyncembed.encoders import Encoder, FloatMatrix, load_encoder
 from asyncembed.errors import ClosedError, OptionsError
@@ -27,6 +27,7 @@ from asyncembed.records import Chunk
 from asyncembed.sinks import open_writer
 from asyncembed.sinks.writer import FolderWriter
 from asyncembed.sources.handoff import Handoff
+from asyncembed.splitting import TextSplitter, default_splitter
 from asyncembed.steps import PipelineSteps
 from asyncembed.stream import EmbedStream
 

@@ -13,7 +13,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from asyncembed.admission import AdmissionQueue
 from asyncembed.assembly import Assembler
-from asyncembed.chunking import Chunker, TextSplitter
+from asyncembed.chunking import Chunker
 from asyncembed.consumer import LimitEstimator
 from asyncembed.encoders import Encoder
 from asyncembed.engine import Engine
@@ -29,6 +29,7 @@ from asyncembed.options import EmbedOptions
 from asyncembed.records import EmbeddedText, Rejected
 from asyncembed.sinks import JsonStore
 from asyncembed.sources import TextFeed
+from asyncembed.splitting import TextSplitter
 from asyncembed.summary import Summary, peak_rss_bytes, process_seconds
 from asyncembed.threads import WorkerThread
 

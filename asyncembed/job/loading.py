@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from asyncembed.chunking import Chunker, TextSplitter
+from asyncembed.chunking import Chunker
 from asyncembed.encoders import Encoder, load_encoder
 from asyncembed.options import EmbedOptions
+from asyncembed.splitting import TextSplitter
 
 
 def load_all(

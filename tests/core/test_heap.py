@@ -1,0 +1,394 @@
+"""The choice of the next batch: never empty, never too large, never the same chunk twice, nobody forgotten."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from asyncembed.engine import WINDOW_BATCHES, WINDOW_CHUNKS
+from asyncembed.heap import BATCH_OVERHEAD, ChunkHeap, best_run, last_run
+from asyncembed.records import Batch, Chunk
+
+from .fakes import chunk, chunks
+
+_lengths = st.integers(1, 300)
+_limits = st.integers(1, 2000)
+_rows = st.none() | st.integers(1, 40)
+
+
+def check_size(batch: Batch, limit: int, max_rows: int | None) -> None:
+    assert batch.chunks
+    assert len(batch.chunks) == 1 or batch.padded_tokens <= limit
+    assert max_rows is None or len(batch.chunks) <= max_rows
+
+
+def drain(heap: ChunkHeap, limit: int, max_rows: int | None = None) -> list[Batch]:
+    batches = []
+    while (batch := heap.take(limit, max_rows)) is not None:
+        check_size(batch, limit, max_rows)
+        batches.append(batch)
+    return batches
+
+
+class HeapAgainstDict(RuleBasedStateMachine):
+    """Whatever is done with the heap, it holds what a dictionary would."""
+
+    @initialize(max_age=st.integers(1, 5))
+    def begin(self, max_age: int) -> None:
+        self.heap = ChunkHeap(max_age)
+        self.waiting: dict[int, Chunk] = {}
+        self.out: list[Batch] = []
+
+    @rule(rows=st.lists(st.tuples(_lengths, st.integers(0, 3), st.integers(0, 5)), max_size=30))
+    def push(self, rows: list[tuple[int, int, int]]) -> None:
+        pushed = [chunk(length, owner=owner, priority=priority) for length, priority, owner in rows]
+        self.heap.push(pushed)
+        self.waiting.update({id(item): item for item in pushed})
+
+    @rule(limit=_limits, max_rows=_rows)
+    def take(self, limit: int, max_rows: int | None) -> None:
+        batch = self.heap.take(limit, max_rows)
+        if not self.waiting:
+            assert batch is None
+            return
+        assert batch is not None
+        check_size(batch, limit, max_rows)
+        for item in batch.chunks:
+            assert self.waiting.pop(id(item)) is item
+        self.out.append(batch)
+
+    @rule(data=st.data())
+    def put_back(self, data: st.DataObject) -> None:
+        if self.out:
+            batch = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
+            self.heap.put_back(batch)
+            self.waiting.update({id(item): item for item in batch.chunks})
+
+    @rule(owner=st.integers(0, 5))
+    def discard(self, owner: int) -> None:
+        gone = [key for key, item in self.waiting.items() if item.owner == owner]
+        assert self.heap.discard(owner) == len(gone)
+        for key in gone:
+            del self.waiting[key]
+
+    @rule(owner=st.integers(0, 5))
+    def hasten(self, owner: int) -> None:
+        mine = [item for item in self.waiting.values() if item.owner == owner]
+        assert self.heap.hasten(owner) == bool(mine)
+
+    @rule()
+    def drain(self) -> None:
+        self.heap.drain()
+
+    @rule()
+    def clear(self) -> None:
+        self.heap.clear()
+        self.waiting.clear()
+
+    @invariant()
+    def agrees(self) -> None:
+        tokens = sum(item.length for item in self.waiting.values())
+        assert len(self.heap) == len(self.waiting) == self.heap.statistics().n_chunks
+        assert self.heap.n_tokens == tokens == self.heap.statistics().n_tokens
+
+    def teardown(self) -> None:
+        if hasattr(self, "heap"):
+            rest = [item for batch in drain(self.heap, 500) for item in batch.chunks]
+            assert Counter(map(id, rest)) == Counter(list(self.waiting))
+            assert self.heap.n_tokens == 0
+
+
+TestHeapAgainstDict = HeapAgainstDict.TestCase
+TestHeapAgainstDict.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+@given(lengths=st.lists(_lengths, min_size=1, max_size=200), limit=_limits, max_rows=_rows)
+def test_take_until_empty_gives_every_chunk_once(lengths: list[int], limit: int, max_rows: int | None) -> None:
+    heap, pushed = ChunkHeap(), chunks(lengths)
+    heap.push(pushed)
+    taken = [item for batch in drain(heap, limit, max_rows) for item in batch.chunks]
+    assert Counter(map(id, taken)) == Counter(map(id, pushed))
+
+
+def test_take_empty_heap_is_none() -> None:
+    assert ChunkHeap().take(100) is None
+
+
+def test_take_chunk_above_the_limit_goes_alone() -> None:
+    heap = ChunkHeap()
+    heap.push(chunks([50, 50, 3, 3]))
+    assert sorted(len(batch.chunks) for batch in drain(heap, 10)) == [1, 1, 2]
+
+
+# --- the best run ---
+
+
+def worth(lengths: list[int], start: int, stop: int, limit: int, max_rows: int) -> float:
+    """Useful tokens of a run over its cost: its padded tokens and the overhead of a batch of its longest row."""
+    longest = lengths[stop - 1]
+    overhead = BATCH_OVERHEAD * min(max(limit // longest, 1), max_rows)
+    return sum(lengths[start:stop]) / (longest * (stop - start + overhead))
+
+
+def is_allowed(lengths: list[int], start: int, stop: int, limit: int, max_rows: int) -> bool:
+    rows = stop - start
+    return rows <= max_rows and (rows == 1 or rows * lengths[stop - 1] <= limit)
+
+
+_sorted_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=25).map(sorted)
+
+
+@settings(deadline=None)
+@given(lengths=_sorted_lengths, limit=st.integers(1, 400), max_rows=st.integers(1, 30), data=st.data())
+def test_best_run_is_worth_as_much_as_the_best_of_all_full_runs(
+    lengths: list[int], limit: int, max_rows: int, data: st.DataObject
+) -> None:
+    """Compared with every run that cannot be made longer downwards, found by trying."""
+    forced = data.draw(st.none() | st.integers(0, len(lengths) - 1))
+    every = []
+    for stop in range(1, len(lengths) + 1):
+        start = min(at for at in range(stop) if is_allowed(lengths, at, stop, limit, max_rows))
+        if forced is None or start <= forced < stop:
+            every.append(worth(lengths, start, stop, limit, max_rows))
+    start, stop = best_run(np.array(lengths, np.int64), limit, max_rows, forced)
+    assert is_allowed(lengths, start, stop, limit, max_rows)
+    assert forced is None or start <= forced < stop
+    assert worth(lengths, start, stop, limit, max_rows) == pytest.approx(max(every))
+
+
+@settings(deadline=None)
+@given(lengths=_sorted_lengths, limit=st.integers(1, 400), max_rows=st.integers(1, 30))
+def test_last_run_is_worth_as_much_as_the_best_with_the_longest_row(
+    lengths: list[int], limit: int, max_rows: int
+) -> None:
+    n = len(lengths)
+    every = [
+        worth(lengths, start, n, limit, max_rows)
+        for start in range(n)
+        if is_allowed(lengths, start, n, limit, max_rows)
+    ]
+    start, stop = last_run(np.array(lengths, np.int64), limit, max_rows)
+    assert stop == n
+    assert is_allowed(lengths, start, stop, limit, max_rows)
+    assert worth(lengths, start, stop, limit, max_rows) == pytest.approx(max(every))
+
+
+# --- nobody starves ---
+
+
+def longest_wait(rounds: list[list[tuple[int, int]]], window: int, limit: int, max_age: int) -> int:
+    """Batches that any chunk waited, taken or not, when each round pushes what the window has room for."""
+    heap, born, worst, n_batches = ChunkHeap(max_age), dict[int, int](), 0, 0
+    kept: list[Chunk] = []
+    for pushes in rounds:
+        fresh = [chunk(length, priority=priority) for length, priority in pushes[: window - len(heap)]]
+        kept += fresh
+        heap.push(fresh)
+        born.update({id(item): n_batches for item in fresh})
+        batch = heap.take(limit)
+        if batch is not None:
+            n_batches += 1
+            worst = max([worst, *(n_batches - born.pop(id(item)) for item in batch.chunks)])
+    return max([worst, *(n_batches - stamp for stamp in born.values())])
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), limit=st.integers(1, 200), max_age=st.integers(1, 6), window=st.integers(1, 25))
+def test_take_while_chunks_keep_arriving_every_wait_is_bounded(
+    data: st.DataObject, limit: int, max_age: int, window: int
+) -> None:
+    """At most `max_age` batches for each class, and then one for each chunk that stood in the window before it."""
+    kinds = data.draw(st.lists(st.tuples(st.integers(1, 100), st.integers(0, 2)), min_size=1, max_size=6))
+    rounds = data.draw(st.lists(st.lists(st.sampled_from(kinds), max_size=30), min_size=20, max_size=120))
+    n_classes = len({priority for _, priority in kinds})
+    assert longest_wait(rounds, window, limit, max_age) <= max_age * n_classes + window
+
+
+@pytest.mark.parametrize("flood", [(5, 0), (60, 0), (10, 1), (10, 0)], ids=["shorter", "longer", "later", "urgent"])
+@pytest.mark.parametrize("priority", [0, 1])
+def test_take_flood_of_others_odd_one_comes_out_in_time(flood: tuple[int, int], priority: int) -> None:
+    """Full batches of the flood are worth more than the odd chunk alone, for ever: only its age brings it out."""
+    max_age, window = 8, 40
+    rounds = [[(37, priority)] + [flood] * window] + [[flood] * window] * 400
+    assert longest_wait(rounds, window, 120, max_age) <= 2 * max_age + window
+
+
+def test_put_back_chunk_keeps_its_age() -> None:
+    max_age = 3
+    heap, old = ChunkHeap(max_age), chunk(15, owner=1000)
+    heap.push([old])
+    for _ in range(max_age):
+        taken = heap.take(40)
+        assert taken is not None
+        heap.put_back(taken)
+    heap.push(chunks([10] * 20))
+    batch = heap.take(40)
+    assert batch is not None
+    assert old in batch.chunks
+
+
+# --- priorities ---
+
+
+@pytest.mark.parametrize("priority", [0, 5])
+def test_hasten_text_is_in_the_next_batch(priority: int) -> None:
+    heap = ChunkHeap()
+    heap.push(chunks([20] * 50))
+    heap.push([chunk(33, owner=77, priority=priority)])
+    heap.push(chunks([60] * 50))
+    assert heap.hasten(77)
+    batch = heap.take(240)
+    assert batch is not None
+    assert 77 in {item.owner for item in batch.chunks}
+    check_size(batch, 240, None)
+
+
+def test_hasten_text_of_many_chunks_is_done_in_as_many_batches() -> None:
+    heap = ChunkHeap()
+    heap.push(chunks([20] * 200))
+    heap.push([chunk(length, owner=777, ordinal=number) for number, length in enumerate([250, 250, 31, 250])])
+    heap.hasten(777)
+    for _ in range(4):
+        heap.push(chunks([60] * 50))
+        batch = heap.take(300)
+        assert batch is not None
+        assert 777 in {item.owner for item in batch.chunks}
+    assert heap.discard(777) == 0
+
+
+def test_hasten_unknown_text_is_false() -> None:
+    heap = ChunkHeap()
+    heap.push(chunks([5]))
+    assert not heap.hasten(1)
+
+
+def test_take_urgent_class_goes_first_and_is_filled_up_without_padding() -> None:
+    heap = ChunkHeap()
+    heap.push(chunks([10, 19, 20, 20, 21, 40], priority=1))
+    heap.push([chunk(20, owner=100, priority=0)])
+    batch = heap.take(80)
+    assert batch is not None
+    assert sorted(item.length for item in batch.chunks) == [19, 20, 20, 20]  # not 21: that would pad the urgent one
+    assert 100 in {item.owner for item in batch.chunks}
+    assert batch.longest == 20
+
+
+def test_take_full_urgent_class_takes_no_other() -> None:
+    heap = ChunkHeap()
+    heap.push(chunks([20] * 4, priority=1))
+    heap.push(chunks([20] * 4, priority=0))
+    batch = heap.take(80)
+    assert batch is not None
+    assert {item.priority for item in batch.chunks} == {0}
+
+
+@given(
+    urgent=st.lists(_lengths, min_size=1, max_size=20),
+    bulk=st.lists(_lengths, max_size=60),
+    limit=_limits,
+    max_rows=_rows,
+)
+def test_take_any_classes_filling_never_adds_padding(
+    urgent: list[int], bulk: list[int], limit: int, max_rows: int | None
+) -> None:
+    heap = ChunkHeap()
+    heap.push(chunks(bulk, priority=3))
+    heap.push(chunks(urgent, priority=1))
+    batch = heap.take(limit, max_rows)
+    assert batch is not None
+    check_size(batch, limit, max_rows)
+    own = [item.length for item in batch.chunks if item.priority == 1]
+    assert own
+    assert batch.longest == max(own)
+
+
+# --- padding and cost ---
+
+
+def padding_of(lengths: list[int], limit: int, *, in_order: bool = False) -> float:
+    """Padded tokens that carried nothing over those that did, through a window as deep as the engine's."""
+    if in_order:
+        return _padding_in_order(lengths, limit)
+    heap, source, batches = ChunkHeap(), iter(chunks(lengths)), []
+    ended = False
+    while True:
+        while not ended and heap.n_tokens < WINDOW_BATCHES * limit and len(heap) < WINDOW_CHUNKS:
+            item = next(source, None)
+            ended = item is None
+            heap.push([item] if item is not None else [])
+            if ended:
+                heap.drain()
+        batch = heap.take(limit)
+        if batch is None:
+            break
+        batches.append(batch)
+    assert sum(len(batch.chunks) for batch in batches) == len(lengths)
+    return _padding(batches)
+
+
+def _padding(batches: list[Batch]) -> float:
+    useful = sum(batch.row_tokens for batch in batches)
+    return sum(batch.padded_tokens for batch in batches) / useful - 1
+
+
+def _padding_in_order(lengths: list[int], limit: int) -> float:
+    batches: list[Batch] = []
+    rows: list[Chunk] = []
+    for item in chunks(lengths):
+        if rows and (len(rows) + 1) * max(row.length for row in [*rows, item]) > limit:
+            batches.append(Batch(tuple(rows)))
+            rows = []
+        rows.append(item)
+    return _padding([*batches, Batch(tuple(rows))])
+
+
+@pytest.fixture(scope="module")
+def mixed_lengths() -> list[int]:
+    drawn = np.random.default_rng(7).lognormal(np.log(40), 1.0, 20_000)
+    lengths: list[int] = np.clip(drawn, 3, 256).astype(int).tolist()
+    return lengths
+
+
+@pytest.mark.parametrize("limit", [512, 1024, 2048, 16_384])
+def test_take_mixed_lengths_pads_little(mixed_lengths: list[int], limit: int) -> None:
+    assert padding_of(mixed_lengths, limit) <= 0.06
+    assert padding_of(mixed_lengths, limit, in_order=True) > 0.5  # the control: the bound above means something
+
+
+def lines_run(work: Any) -> int:
+    """Lines of Python that `work()` runs, loops counted as often as they go round."""
+    n_lines = 0
+
+    def trace(_frame: FrameType, event: str, _arg: object) -> Any:
+        nonlocal n_lines
+        n_lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return n_lines
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_take_window_of_20_000_chunks_does_not_loop_over_it(mixed_lengths: list[int], urgent: bool) -> None:
+    heap = ChunkHeap()
+    heap.push(chunks(mixed_lengths, priority=1))
+    if urgent:
+        heap.push([chunk(50, owner=-1)])
+    assert len(heap) >= WINDOW_CHUNKS
+    heap.take(512)
+    heap.push(chunks([40] * 64, priority=1))
+    assert lines_run(lambda: heap.take(512, max_rows=64)) < 2000
+    assert lines_run(lambda: heap.hasten(5)) < 500
