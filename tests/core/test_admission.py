@@ -57,30 +57,31 @@ async def _any_history(actions: list[tuple[str, int]], budget: int) -> None:
         if admitted:
             queue.release(admitted.pop(choice % len(admitted))[1])
 
-    async with asyncio.TaskGroup() as group:
-        for action, amount in actions:
-            if action == "reserve":
-                asked.append((len(asked), group.create_task(enter(len(asked), amount + 1))))
-            elif action == "cancel" and asked:
-                asked[amount % len(asked)][1].cancel()
-            elif action == "release":
-                release(amount)
-            elif action == "release+cancel" and asked:  # room is given and its receiver cancelled in one turn
-                release(amount)
-                for _, task in asked:
-                    if not task.done():
-                        task.cancel()
-                        break
-            else:
-                await turn()
-            check()
-        while True:
+    for action, amount in actions:
+        if action == "reserve":
+            asked.append((len(asked), asyncio.ensure_future(enter(len(asked), amount + 1))))
+        elif action == "cancel" and asked:
+            asked[amount % len(asked)][1].cancel()
+        elif action == "release":
+            release(amount)
+        elif action == "release+cancel" and asked:  # room is given and its receiver cancelled in one turn
+            release(amount)
+            for _, task in asked:
+                if not task.done():
+                    task.cancel()
+                    break
+        else:
             await turn()
-            check()
-            if all(task.done() for _, task in asked):
-                break
-            assert admitted, "somebody waits though nothing is in flight"
-            release(0)
+        check()
+    while True:
+        await turn()
+        check()
+        if all(task.done() for _, task in asked):
+            break
+        assert admitted, "somebody waits though nothing is in flight"
+        release(0)
+    if asked:
+        await asyncio.wait([task for _, task in asked])
     assert order == sorted(order)
     while admitted:
         release(0)
