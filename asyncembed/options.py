@@ -13,7 +13,7 @@ from asyncembed.errors import OptionsError
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_SAVE_PATH = "data"
 
-Backend = Literal["auto", "torch"]
+Backend = Literal["auto", "torch", "openvino"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 LongTexts = Literal["average", "truncate", "error"]
 OnError = Literal["continue", "raise"]
@@ -59,7 +59,8 @@ class EmbedOptions:
     Attributes:
         model: A name, a path, a live `SentenceTransformer`, or an `Encoder`.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`, …
-        backend: What runs the model.
+        backend: What runs the model; `auto` is OpenVINO on a CPU where it is installed and agrees with torch, else
+            torch.
         dtype: Precision of the model; `auto` is float32 on a CPU, and on resume what the folder was made with.
         save_path: Folder of the results; None writes nothing.
         batch_size: Most rows in a batch; None leaves it to the token limit.

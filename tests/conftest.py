@@ -19,8 +19,8 @@ NOTES = ROOT / "examples" / "notes.csv"
 
 @pytest.fixture(scope="session")
 def encoder() -> Any:
-    """The real model, all-MiniLM-L6-v2 in float32 on the CPU."""
-    return load_encoder(EmbedOptions(device="cpu"))
+    """The real model, all-MiniLM-L6-v2 in float32 on the CPU, run by torch."""
+    return load_encoder(EmbedOptions(device="cpu", backend="torch"))
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asyncembed.encoders.base import Encoder
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import DEFAULT_MODEL, EmbedOptions
+
+if TYPE_CHECKING:
+    from asyncembed.encoders.torch_encoder import TorchEncoder
+
+logger = logging.getLogger("asyncembed")
 
 _EMBEDDED_NAMES = (DEFAULT_MODEL, f"sentence-transformers/{DEFAULT_MODEL}")
 
@@ -59,24 +65,84 @@ def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
     raise OptionsError(f"model={model!r} is no name, path, SentenceTransformer or Encoder")
 
 
-def _load_by_name(model: str | os.PathLike[str], options: EmbedOptions, dtype: str | None) -> Encoder:
+def _load_by_name(model: str | os.PathLike[str], options: EmbedOptions, recorded: str | None) -> Encoder:
+    folder = model_folder(model)
+    wanted = options.dtype if options.dtype != "auto" else recorded
+    obstacle = _obstacle_to_openvino(options)
+    loaded: Encoder | None = None
+    if obstacle is None:
+        loaded, obstacle = _try_openvino(model, folder, options, wanted or "float32")
+    if obstacle is not None and options.backend == "openvino":
+        raise ModelError(f"{os.fspath(model)} cannot run on OpenVINO: {obstacle}")
+    if loaded is not None:
+        return loaded
+    device = _choose_device(options.device)
+    if wanted is None:
+        wanted = "float32" if device.startswith("cpu") else "auto"
+    return _load_torch(model, folder, options, device, wanted)
+
+
+def _try_openvino(
+    model: str | os.PathLike[str], folder: Path | None, options: EmbedOptions, dtype: str
+) -> tuple[Encoder | None, str | None]:
+    """An encoder, if there is one already, and what stood in the way of OpenVINO: the torch model then."""
+    from asyncembed.encoders.openvino_loading import check_dtype, convert_and_keep, load_cached
+
+    encoder: Encoder | None = None
+    obstacle = check_dtype(dtype)
+    try:
+        if obstacle is None and folder is not None:
+            encoder = load_cached(folder, options, dtype)
+    except ModelError as error:
+        obstacle = str(error)
+    if obstacle is None and encoder is None:
+        torch_encoder = _load_torch(model, folder, options, "cpu", "float32")
+        try:
+            return convert_and_keep(torch_encoder, folder, options, dtype), None
+        except ModelError as error:
+            obstacle = str(error)
+            encoder = torch_encoder if dtype == "float32" else None
+    if obstacle is not None:
+        logger.info("%s runs on torch and not on OpenVINO: %s", os.fspath(model), obstacle)
+    return encoder, obstacle
+
+
+def _obstacle_to_openvino(options: EmbedOptions) -> str | None:
+    """Why a model given by name does not go to OpenVINO; None if it may. Imports nothing heavy if it can help it."""
+    from asyncembed.encoders.openvino_loading import is_installed
+
+    if options.backend == "torch":
+        return "torch was asked for"
+    if not is_installed():
+        return "openvino is not installed; the extra asyncembed[openvino] has it"
+    if options.device == "auto":
+        return "there is a GPU" if _may_have_gpu() and _choose_device("auto") != "cpu" else None
+    return None if options.device == "cpu" else f"it runs on a CPU here, and the device is {options.device}"
+
+
+def _may_have_gpu() -> bool:
+    """False where there is surely none: then torch need not be imported to ask it."""
+    if sys.platform == "linux":
+        return any(map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")))
+    return True
+
+
+def _load_torch(
+    model: str | os.PathLike[str], folder: Path | None, options: EmbedOptions, device: str, dtype: str
+) -> TorchEncoder:
     import torch
     from sentence_transformers import SentenceTransformer
 
     from asyncembed.encoders.torch_encoder import TorchEncoder
+    from asyncembed.encoders.weights import cached_hash, hash_tensors
 
-    folder = model_folder(model)
-    device = _choose_device(options.device)
-    wanted = options.dtype if options.dtype != "auto" else dtype
-    if wanted is None:
-        wanted = "float32" if device.startswith("cpu") else "auto"
     try:
         with _quiet():
             loaded = SentenceTransformer(
                 str(folder) if folder is not None else os.fspath(model),
                 device=device,
                 trust_remote_code=options.trust_remote_code,
-                model_kwargs={"dtype": wanted if wanted == "auto" else getattr(torch, wanted)},
+                model_kwargs={"dtype": "auto"},
             )
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -84,9 +150,13 @@ def _load_by_name(model: str | os.PathLike[str], options: EmbedOptions, dtype: s
             f"the model {os.fspath(model)!r} cannot be loaded: {reason.strip()}. "
             "Give the path of a model's folder, or the name of one that can be downloaded"
         ) from error
-    if wanted != "auto":
-        loaded = loaded.to(getattr(torch, wanted))
-    return TorchEncoder(loaded, prompt=options.prompt, prompt_name=options.prompt_name, folder=folder, name=str(model))
+    # Hashed as stored, before the precision is changed: so every precision and backend knows the same weights.
+    weights = cached_hash(folder, "stored", lambda: hash_tensors(loaded.state_dict()))
+    if dtype != "auto":
+        loaded = loaded.to(getattr(torch, dtype))
+    return TorchEncoder(
+        loaded, prompt=options.prompt, prompt_name=options.prompt_name, weights=weights, name=str(model)
+    )
 
 
 @contextmanager
@@ -115,9 +185,16 @@ def _wrap_live(model: Any, options: EmbedOptions) -> Encoder:
 
     if options.device != "auto":
         model = model.to(_choose_device(options.device))
-    if options.dtype != "auto":
+    if options.dtype != "auto" and options.backend != "openvino":
         model = model.to(getattr(torch, options.dtype))
-    return TorchEncoder(model, prompt=options.prompt, prompt_name=options.prompt_name)
+    encoder = TorchEncoder(model, prompt=options.prompt, prompt_name=options.prompt_name)
+    if options.backend != "openvino":
+        return encoder
+    if not encoder.device.startswith("cpu") or encoder.dtype != "float32":
+        raise OptionsError(f"a live model goes to OpenVINO from float32 on the CPU, not {encoder!r}")
+    from asyncembed.encoders.openvino_loading import convert_and_keep
+
+    return convert_and_keep(encoder, None, options, "float32" if options.dtype == "auto" else options.dtype)
 
 
 def _choose_device(name: str) -> str:

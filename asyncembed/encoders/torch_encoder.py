@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from asyncembed.encoders.base import FloatMatrix, Tokenizer
 from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer
-from asyncembed.encoders.weights import cached_hash, hash_tensors
+from asyncembed.encoders.weights import hash_tensors
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.records import Batch
 
@@ -34,7 +33,7 @@ class TorchEncoder:
         model: The SentenceTransformer, in place on its device.
         prompt: Put before every chunk.
         prompt_name: Name of one of the model's prompts, if `prompt` is None.
-        folder: Where it was loaded from, for remembering the hash of its weights.
+        weights: The hash of its weights as they were stored, if known; None hashes the live ones when asked.
         name: What the user called it; None asks the model.
 
     Raises:
@@ -51,7 +50,7 @@ class TorchEncoder:
         *,
         prompt: str | None = None,
         prompt_name: str | None = None,
-        folder: Path | None = None,
+        weights: str | None = None,
         name: str | None = None,
     ) -> None:
         self.model = model.eval()
@@ -60,12 +59,12 @@ class TorchEncoder:
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.dim = _dim_of(model)
         self.prompt = _prompt_of(model, prompt, prompt_name)
-        self._folder = folder
+        self._weights = weights
         self._tokenizer = model.tokenizer
         if self._tokenizer is None:
             raise ModelError(f"{self.name} has no tokenizer: it takes no texts")
         self.max_tokens = _max_tokens_of(model)
-        self._fast = self._find_fast()
+        self.fast_tokenizer = self._find_fast()
         self._features: dict[str, Any] = {}
         self._takes_ids = self._probe()
 
@@ -75,9 +74,9 @@ class TorchEncoder:
 
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of the caller's own."""
-        if self._fast is None:
+        if self.fast_tokenizer is None:
             return SlowTokenizer(self._tokenizer)
-        return FastTokenizer(self._fast, getattr(self._tokenizer, "unk_token", None))
+        return FastTokenizer(self.fast_tokenizer, getattr(self._tokenizer, "unk_token", None))
 
     def start(self, batch: Batch) -> Any:
         """Run a batch; on a GPU the work is only queued."""
@@ -111,11 +110,11 @@ class TorchEncoder:
     def fingerprint(self) -> Mapping[str, Any]:
         """Hashes of weights, tokenizer and module settings, with dtype, dimension and longest row."""
         modules = [[type(module).__name__, _config_of(module)] for module in list(self.model.children())[1:]]
-        # Hashing waits for the first use: an unsaved job with a large live model never pays for it.
-        weights = cached_hash(self._folder, self.dtype, lambda: hash_tensors(self.model.state_dict()))
+        if self._weights is None:  # only now: an unsaved job with a large live model never pays for it
+            self._weights = hash_tensors(self.model.state_dict())
         return {
-            "weights": weights,
-            "tokenizer": _tokenizer_hash(self._fast, self._tokenizer),
+            "weights": self._weights,
+            "tokenizer": _tokenizer_hash(self.fast_tokenizer, self._tokenizer),
             "modules": hashlib.sha256(json.dumps(modules, sort_keys=True, default=str).encode()).hexdigest(),
             "dtype": self.dtype,
             "max_tokens": self.max_tokens,
@@ -127,13 +126,20 @@ class TorchEncoder:
         versions = {name: version(name) for name in ("torch", "transformers", "sentence-transformers", "tokenizers")}
         return {"model": self.name, "device": self.device, "backend": self.backend, "versions": versions}
 
+    def plain_features(self) -> tuple[dict[str, Any], bool] | None:
+        """The constant features of a batch, and whether it takes types; None if it wants more than ids and mask."""
+        wants_prompt = any(getattr(module, "include_prompt", True) is False for module in self.model.children())
+        if not self._takes_ids or wants_prompt:
+            return None
+        return {name: value for name, value in self._features.items() if name != "prompt_length"}, self._types
+
     def _find_fast(self) -> RustTokenizer | None:
         backend = getattr(self._tokenizer, "backend_tokenizer", self._tokenizer)
         return backend if isinstance(backend, RustTokenizer) else None
 
     def _probe(self) -> bool:
         """Whether our ids are what the model's own preprocessing makes; remembers which features it wants."""
-        if self._fast is None:
+        if self.fast_tokenizer is None:
             return False
         features = dict(self.model.preprocess([_PROBE], prompt=self.prompt or None))
         if not {"input_ids", "attention_mask"} <= set(features) <= _PLAIN_FEATURES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ def _config(kind: str) -> Any:
     raise AssertionError(kind)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Graphs and hashes of these models are made here and not found from an earlier run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A saved SentenceTransformer of each kind, with the tokenizer of all-MiniLM-L6-v2."""
@@ -84,13 +93,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "mpnet", "modernbert", "qwen3"])
-async def test_vectors_equal_those_of_encode(folders: dict[str, Path], kind: str) -> None:
+async def test_vectors_equal_those_of_encode(folders: dict[str, Path], kind: str, backend: str) -> None:
     from sentence_transformers import SentenceTransformer
 
     path = folders[kind]
-    async with embed_stream(TEXTS, model=str(path), device="cpu", save_path=None) as stream:
+    async with embed_stream(TEXTS, model=str(path), device="cpu", backend=backend, save_path=None) as stream:
         vectors = await stream
+    assert stream.summary.backend == backend
     reference = SentenceTransformer(str(path), device="cpu")
     expected = reference.encode(TEXTS[:5])
     ours = np.stack([vectors[text] for text in TEXTS[:5]])
@@ -101,17 +112,18 @@ async def test_vectors_equal_those_of_encode(folders: dict[str, Path], kind: str
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
 def test_ids_go_straight_in_where_preprocessing_only_tokenises(folders: dict[str, Path], kind: str) -> None:
-    assert "from ids" in repr(load_encoder(EmbedOptions(model=str(folders[kind]), device="cpu")))
+    assert "from ids" in repr(load_encoder(EmbedOptions(model=str(folders[kind]), device="cpu", backend="torch")))
 
 
-def test_path_and_live_model_have_one_fingerprint(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_path_live_model_and_openvino_have_one_fingerprint(folders: dict[str, Path]) -> None:
     from sentence_transformers import SentenceTransformer
 
     for path in folders.values():
-        by_path = load_encoder(EmbedOptions(model=str(path), device="cpu"))
+        by_path = load_encoder(EmbedOptions(model=str(path), device="cpu", backend="torch"))
         live = load_encoder(EmbedOptions(model=SentenceTransformer(str(path), device="cpu")))
-        assert by_path.fingerprint() == live.fingerprint()
-        assert load_encoder(EmbedOptions(model=str(path), device="cpu")).fingerprint() == by_path.fingerprint()
+        converted = load_encoder(EmbedOptions(model=str(path), device="cpu", backend="openvino"))
+        again = load_encoder(EmbedOptions(model=str(path), device="cpu", backend="torch"))
+        assert by_path.fingerprint() == live.fingerprint() == converted.fingerprint() == again.fingerprint()
 
 
 def test_one_changed_weight_changes_the_fingerprint(folders: dict[str, Path]) -> None:

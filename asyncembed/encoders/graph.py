@@ -1,0 +1,122 @@
+"""A SentenceTransformer's whole pipeline as an OpenVINO graph, checked against torch before it is trusted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from asyncembed.encoders.base import FloatMatrix
+from asyncembed.errors import ModelError
+
+MIN_COSINE = 0.99999
+"""The graph's float32 vectors must agree with torch's by this much on every probe row."""
+
+_LENGTHS = (3, 5, 17, 64, 256)
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def convert(model: Any, *, with_types: bool, features: dict[str, Any]) -> Any:
+    """The graph of transformer, pooling and all that follows, as an `openvino.Model`.
+
+    Args:
+        model: The SentenceTransformer, in float32 on the CPU.
+        with_types: Whether it takes `token_type_ids`.
+        features: Further features that it wants, constant for all batches.
+
+    Raises:
+        Exception: Whatever the conversion raises: the caller falls back on torch.
+    """
+    import openvino as ov
+    import torch
+
+    class Pipeline(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None) -> Any:
+            given = {**features, "input_ids": input_ids, "attention_mask": attention_mask}
+            if token_type_ids is not None:
+                given["token_type_ids"] = token_type_ids
+            return self.model(given)["sentence_embedding"]
+
+    ids, mask, types = (torch.from_numpy(array) for array in _probe_rows(model, 7, 3, _pads_left(model)))
+    example = (ids, mask, types) if with_types else (ids, mask)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's remarks about constants: the check on probes decides
+        graph = ov.convert_model(Pipeline(), example_input=example)
+    for number, name in enumerate(_INPUTS[: len(example)]):
+        graph.inputs[number].get_node().set_friendly_name(name)
+        graph.inputs[number].get_tensor().set_names({name})
+    return graph
+
+
+def check(model: Any, compiled: Any, *, with_types: bool, features: dict[str, Any], max_tokens: int) -> bool:
+    """Compare the compiled graph with torch on rows of several lengths, with and without padding.
+
+    Torch pads on the tokenizer's side. A decoder padded on the left has positions that attend to nothing, of which
+    OpenVINO makes NaN; if the graph fails so, it is tried with padding on the right, which causal attention ignores.
+
+    Returns:
+        Whether the graph's rows are to be padded on the left.
+
+    Raises:
+        ModelError: They do not agree; the message says by how much.
+    """
+    request = compiled.create_infer_request()
+    reasons: list[str] = []
+    for pads_left in dict.fromkeys((_pads_left(model), False)):
+        reason = _disagreement(model, request, pads_left, with_types, features, max_tokens)
+        if reason is None:
+            return pads_left
+        reasons.append(reason)
+    raise ModelError(f"its OpenVINO graph does not agree with torch: {reasons[0]}")
+
+
+def _disagreement(
+    model: Any, request: Any, pads_left: bool, with_types: bool, features: dict[str, Any], max_tokens: int
+) -> str | None:
+    """Where graph and torch differ; None if nowhere."""
+    import torch
+
+    for length in _LENGTHS:
+        for n_rows in (1, 4) if length <= max_tokens else ():
+            arrays = _probe_rows(model, length, n_rows, _pads_left(model))
+            given = {name: torch.from_numpy(array) for name, array in zip(_INPUTS, arrays, strict=True)}
+            if not with_types:
+                del given["token_type_ids"]
+            with torch.inference_mode():
+                expected = model({**features, **given})["sentence_embedding"].float().numpy()
+            request.infer(list(_probe_rows(model, length, n_rows, pads_left)[: 3 if with_types else 2]))
+            found = request.get_output_tensor(0).data.copy()
+            worst = float(_cosines(found, expected).min()) if found.shape == expected.shape else 0.0
+            if not worst >= MIN_COSINE:
+                return f"cosine {worst:.6f} on {n_rows} rows of {length}"
+    return None
+
+
+def _pads_left(model: Any) -> bool:
+    return bool(model.tokenizer.padding_side == "left")
+
+
+def _probe_rows(model: Any, length: int, n_rows: int, pads_left: bool) -> Sequence[Any]:
+    """Ids, mask and types of rows that get shorter; int64. The same contents on either side of the padding."""
+    rng = np.random.default_rng(length)
+    size = min(int(getattr(model.tokenizer, "vocab_size", 1000) or 1000), 20_000)
+    contents = rng.integers(min(size - 1, size // 20), size, (n_rows, length), dtype=np.int64)
+    ids = np.full((n_rows, length), model.tokenizer.pad_token_id or 0, np.int64)
+    mask = np.zeros((n_rows, length), np.int64)
+    for row in range(n_rows):
+        n_tokens = max(2, length - row * length // (n_rows + 1))
+        place = slice(length - n_tokens, length) if pads_left else slice(0, n_tokens)
+        ids[row, place] = contents[row, :n_tokens]
+        mask[row, place] = 1
+    return ids, mask, np.zeros_like(ids)
+
+
+def _cosines(a: FloatMatrix, b: FloatMatrix) -> Any:
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.sum(a * b, axis=1) / np.where(lengths > 0, lengths, np.inf)
