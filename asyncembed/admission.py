@@ -17,7 +17,7 @@ RECORD_OVERHEAD = 1500
 """Python objects of one text in flight: strings, arrays and records, measured with tracemalloc."""
 
 
-def life_bytes(text: str, dim: int, max_tokens: int) -> int:
+def life_bytes(text: str, dim: int, max_tokens: int, overlap: int = 0) -> int:
     """An up-front estimate of what a text takes until its record is delivered, in bytes.
 
     The text itself, its token ids as int32, a vector for each chunk, and the encoded JSON with the text again.
@@ -28,11 +28,15 @@ def life_bytes(text: str, dim: int, max_tokens: int) -> int:
         text: The text.
         dim: Dimensions of a vector.
         max_tokens: Tokens of a chunk.
+        overlap: Tokens that neighbouring chunks share.
     """
     n_bytes = len(text) if text.isascii() else 4 * len(text)
     n_encoded = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
     n_tokens = 2 * n_encoded // 3 + 1
-    n_chunks = n_tokens // max(1, max_tokens) + 1
+    n_chunks = max(0, n_tokens - overlap) // max(1, max_tokens - overlap) + 1
+    if n_chunks > 1 and overlap:  # every chunk but the first repeats so many tokens, as ids and as text
+        repeated = 1 + overlap / max(1, max_tokens - overlap)
+        n_bytes, n_tokens = int(n_bytes * repeated), int(n_tokens * repeated)
     vectors = (n_chunks + (n_chunks > 1)) * dim * (4 + BYTES_PER_JSON_FLOAT)
     return RECORD_OVERHEAD + 3 * n_bytes + n_tokens * BYTES_PER_TOKEN_ID + vectors
 
@@ -54,8 +58,8 @@ class AdmissionQueue:
 
     Args:
         max_bytes: The budget.
-        under_pressure: True if the process itself has grown beyond the budget; admission then waits while
-            anything is in flight. Asked after every 64th part of the budget, as it costs a system call.
+        under_pressure: True if the process itself has grown beyond the budget; only an eighth of the budget is
+            given then. Asked after every 64th part of the budget, as it costs a system call.
     """
 
     def __init__(self, max_bytes: int, under_pressure: Callable[[], bool] | None = None) -> None:
@@ -112,7 +116,8 @@ class AdmissionQueue:
             return True
         if self._reserved + n_bytes > self.max_bytes:
             return False
-        return not self._is_pressed()
+        # Under pressure a part of the budget stays open: batches must not shrink to one text while memory is elsewhere.
+        return not self._is_pressed() or self._reserved + n_bytes <= self.max_bytes // 8
 
     def _is_pressed(self) -> bool:
         if self._pressed or self._unmeasured * 64 >= self.max_bytes:

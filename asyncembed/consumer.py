@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,16 +12,17 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from asyncembed.encoders.base import Encoder, FloatMatrix
-from asyncembed.encoders.failures import FailureKind, classify
+from asyncembed.encoders.failures import FailureKind
 from asyncembed.errors import ModelError
 from asyncembed.heap import ChunkHeap
 from asyncembed.records import Batch, Chunk
+from asyncembed.runner import ModelRunner, Outcome
 from asyncembed.threads import WorkerThread
 
 logger = logging.getLogger("asyncembed")
 
 BROKEN_AFTER = 16
-"""Chunks that fail alone, one after the other and none passing between them, before the model counts as broken."""
+"""Chunks that fail alone, none passing between them, before it is asked whether the model is broken."""
 
 FULL = 0.9
 """A prepared batch this full of useful tokens is not chosen anew when more chunks arrive."""
@@ -45,23 +44,9 @@ class LimitEstimator(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """What became of a batch in the model's thread.
-
-    Attributes:
-        batch: The batch.
-        vectors: Shape `(rows, dim)` float32; None if it failed.
-        seconds: How long it took.
-        kind: What kind of failure it was.
-        error: The failure.
-    """
-
-    batch: Batch
-    vectors: FloatMatrix | None
-    seconds: float
-    kind: FailureKind | None = None
-    error: BaseException | None = None
+def current_limit(estimator: LimitEstimator) -> int:
+    """The limit in padded tokens, at least 1 whatever a replaced estimator says."""
+    return max(1, int(estimator()))
 
 
 @dataclass(slots=True)
@@ -73,55 +58,6 @@ class ConsumerStatistics:
     row_tokens: int = 0
     padded_tokens: int = 0
     model_seconds: float = 0.0
-
-
-class ModelRunner:
-    """The work of the model's thread: batches in, outcomes out, as many under way as the encoder has slots."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._under_way: deque[tuple[Batch, object, float]] = deque()
-        self._fatal: Exception | None = None
-
-    def advance(self, batch: Batch | None) -> Outcome | None:
-        """Start `batch`, and finish the oldest one under way if all slots are taken or there is nothing to start."""
-        if batch is not None:
-            started = time.perf_counter()
-            if self._fatal is not None:  # the device's context is dead: nothing it would give can be trusted
-                return Outcome(batch, None, 0.0, FailureKind.FATAL, self._fatal)
-            try:
-                handle = self._encoder.start(batch)
-            except Exception as error:
-                failed = error
-            else:
-                self._under_way.append((batch, handle, started))
-                if len(self._under_way) < self._encoder.slots:
-                    return None
-                return self._finish_oldest()
-            return self._failure(batch, failed, started)
-        return self._finish_oldest() if self._under_way else None
-
-    def _finish_oldest(self) -> Outcome:
-        batch, handle, started = self._under_way.popleft()
-        try:
-            vectors = self._encoder.finish(handle)
-        except Exception as error:
-            failed = error
-        else:
-            return Outcome(batch, vectors, time.perf_counter() - started)
-        del handle
-        return self._failure(batch, failed, started)
-
-    def _failure(self, batch: Batch, error: Exception, started: float) -> Outcome:
-        """Called outside the `except` block, whose traceback would keep the batch's tensors alive."""
-        kind = classify(error)
-        if kind is FailureKind.FATAL:
-            self._fatal = error
-        if kind is FailureKind.OUT_OF_MEMORY:
-            traceback.clear_frames(error.__traceback__)
-            error.__traceback__ = error.__context__ = error.__cause__ = None
-            self._encoder.free_memory()
-        return Outcome(batch, None, time.perf_counter() - started, kind, error)
 
 
 class _Submitted(NamedTuple):
@@ -146,6 +82,8 @@ class Consumer:
         worker: The thread that owns the model.
         on_embedded: Receives the chunks of a batch and their vectors, on the event loop.
         on_failed: Receives a chunk that failed alone, and why, on the event loop.
+        may_submit: Asked before each batch; False holds it back until `wake`: what is computed but not yet saved must
+            not pile up.
     """
 
     def __init__(
@@ -158,6 +96,7 @@ class Consumer:
         worker: WorkerThread,
         on_embedded: Callable[[Batch, FloatMatrix], None],
         on_failed: Callable[[Chunk, str], None],
+        may_submit: Callable[[], bool] = lambda: True,
     ) -> None:
         self.statistics = ConsumerStatistics()
         self._encoder = encoder
@@ -168,12 +107,15 @@ class Consumer:
         self._runner = ModelRunner(encoder)
         self._on_embedded = on_embedded
         self._on_failed = on_failed
+        self._may_submit = may_submit
         self._retries: deque[Batch] = deque()
         self._submitted: deque[_Submitted] = deque()
         self._n_under_way = 0
         self._wake = asyncio.Event()
         self._closed = False
         self._failed_in_a_row = 0
+        self._passed: Chunk | None = None
+        self._probe: Batch | None = None
 
     def __repr__(self) -> str:
         return (
@@ -185,6 +127,10 @@ class Consumer:
         """Chunks have arrived in the heap."""
         if len(self._submitted) > self._encoder.slots and not self._is_full(self._submitted[-1].batch):
             self._withdraw()
+        self._wake.set()
+
+    def wake(self) -> None:
+        """`may_submit` may say otherwise now."""
         self._wake.set()
 
     def close(self) -> None:
@@ -225,7 +171,7 @@ class Consumer:
         self._heap.clear()
 
     def _submit_more(self, loop: asyncio.AbstractEventLoop) -> None:
-        while len(self._submitted) <= self._encoder.slots:
+        while len(self._submitted) <= self._encoder.slots and self._may_submit():
             is_retry = bool(self._retries)
             batch = self._next()
             if batch is None:
@@ -235,7 +181,7 @@ class Consumer:
             future.add_done_callback(lambda _: _call_soon(loop, self._wake.set))
 
     def _next(self) -> Batch | None:
-        limit = max(1, self._estimator())
+        limit = current_limit(self._estimator)
         if not self._retries:
             return self._heap.take(limit, self._max_rows)
         batch = self._retries.popleft()
@@ -250,11 +196,14 @@ class Consumer:
         self._n_under_way -= 1
         batch, n_padded = outcome.batch, outcome.batch.padded_tokens
         self.statistics.model_seconds += outcome.seconds
+        if batch is self._probe and outcome.kind is not FailureKind.FATAL:
+            self._settle_probe(outcome)
+            return
         if outcome.vectors is not None:
             self.statistics.batches += 1
             self.statistics.row_tokens += batch.row_tokens
             self.statistics.padded_tokens += n_padded
-            self._failed_in_a_row = 0
+            self._failed_in_a_row, self._passed = 0, batch.chunks[0]
             self._estimator.succeed(n_padded, outcome.seconds)
             self._on_embedded(batch, outcome.vectors)
             return
@@ -262,6 +211,8 @@ class Consumer:
             raise AssertionError("a batch without vectors has an error: this is a bug")
         # 1. The device is dead: stop. 2. Out of memory: a lower limit, and the batch in parts.
         # 3. Anything else may be one text's fault: find it by halving.
+        if isinstance(outcome.error, ModelError):
+            raise outcome.error
         if outcome.kind is FailureKind.FATAL:
             raise ModelError(f"the device cannot go on: {outcome.error}") from outcome.error
         if outcome.kind is FailureKind.OUT_OF_MEMORY:
@@ -278,13 +229,28 @@ class Consumer:
         if kind is FailureKind.OUT_OF_MEMORY:
             self._on_failed(chunk, f"a chunk of {chunk.length} tokens does not fit into memory even alone")
             return
-        self._failed_in_a_row += 1
-        if self._failed_in_a_row >= BROKEN_AFTER:
-            raise ModelError(
-                f"the model failed on {BROKEN_AFTER} chunks in a row, each alone, the last time with: "
-                f"{type(error).__name__}: {error}"
-            ) from error
         self._on_failed(chunk, f"the model failed on it: {type(error).__name__}: {error}")
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row < BROKEN_AFTER or self._probe is not None:
+            return
+        if self._passed is None:
+            raise self._broken(error)
+        # Bad texts may come in a row. Whether it is the model, one that it took before will tell.
+        self._probe = Batch((self._passed,))
+        self._retries.appendleft(self._probe)
+
+    def _settle_probe(self, outcome: Outcome) -> None:
+        self._probe, self._failed_in_a_row = None, 0
+        if outcome.error is not None:
+            raise self._broken(outcome.error)
+
+    def _broken(self, error: BaseException) -> ModelError:
+        broken = ModelError(
+            f"the model failed on {BROKEN_AFTER} chunks in a row, each alone, "
+            f"the last time with: {type(error).__name__}: {error}"
+        )
+        broken.__cause__ = error
+        return broken
 
     def _withdraw(self) -> None:
         """Take back batches that were kept ready and have not begun.
@@ -300,7 +266,7 @@ class Consumer:
 
     def _is_full(self, batch: Batch) -> bool:
         rows_are_full = self._max_rows is not None and len(batch.chunks) >= self._max_rows
-        return rows_are_full or batch.row_tokens >= FULL * self._estimator()
+        return rows_are_full or batch.row_tokens >= FULL * current_limit(self._estimator)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:

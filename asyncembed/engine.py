@@ -17,7 +17,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from asyncembed.assembly import Assembled, Assembler
 from asyncembed.chunking import Chunker
-from asyncembed.consumer import Consumer, ConsumerStatistics, LimitEstimator
+from asyncembed.consumer import Consumer, ConsumerStatistics, LimitEstimator, current_limit
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.errors import ClosedError
 from asyncembed.heap import ChunkHeap, HeapStatistics
@@ -51,6 +51,11 @@ class EngineStatistics(NamedTuple):
     token_limit: int
 
 
+def window_tokens(estimator: LimitEstimator) -> int:
+    """Tokens that may wait in the window before no more texts are chunked."""
+    return WINDOW_BATCHES * current_limit(estimator)
+
+
 class Submission(NamedTuple):
     """A text for the engine.
 
@@ -77,6 +82,7 @@ class Engine:
         assembler: Puts vectors together.
         model_thread: The thread that owns the model; closed by its owner, not by the engine.
         max_rows: Most rows of a batch.
+        may_compute: Asked before each batch; False holds it back until `resume`.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class Engine:
         *,
         model_thread: WorkerThread,
         max_rows: int | None = None,
+        may_compute: Callable[[], bool] = lambda: True,
     ) -> None:
         self._chunker = chunker
         self._estimator = estimator
@@ -101,6 +108,7 @@ class Engine:
             worker=model_thread,
             on_embedded=self._embedded,
             on_failed=self._failed,
+            may_submit=may_compute,
         )
         self._tokenizer_thread = WorkerThread("asyncembed-tokenizer")
         self._send, self._receive = anyio.create_memory_object_stream[Sequence[Submission]](0)
@@ -115,7 +123,7 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """What was done and what waits."""
-        limit = self._estimator()
+        limit = current_limit(self._estimator)
         return EngineStatistics(
             self._chunking, self._consumer.statistics, self._heap.statistics(), len(self._sinks), limit
         )
@@ -145,6 +153,10 @@ class Engine:
         """Put a text's chunks into the next batch."""
         if self._heap.hasten(owner):
             self._consumer.notify()
+
+    def resume(self) -> None:
+        """`may_compute` may say otherwise now."""
+        self._consumer.wake()
 
     def stop(self) -> None:
         """Finish the batch in hand and end `run`; texts that are not done then never reach their sinks."""
@@ -176,6 +188,8 @@ class Engine:
                 await self._wait_for_room()
                 texts = [(item.owner, item.text, item.priority) for item in submissions]
                 results = await self._tokenizer_thread.run(self._chunker.chunk, texts)
+                if self._scope.cancel_called:  # a call that had ended already is not interrupted
+                    break
                 for item, result in zip(submissions, results, strict=True):
                     self._chunking.unknown_tokens += result.unknown_tokens
                     if result.error is not None:
@@ -189,7 +203,7 @@ class Engine:
         self._consumer.close()
 
     async def _wait_for_room(self) -> None:
-        while len(self._heap) >= WINDOW_CHUNKS or self._heap.n_tokens >= WINDOW_BATCHES * self._estimator():
+        while len(self._heap) >= WINDOW_CHUNKS or self._heap.n_tokens >= window_tokens(self._estimator):
             self._room.clear()
             await self._room.wait()
 

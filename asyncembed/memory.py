@@ -96,9 +96,9 @@ class MemoryBudget:
         """Resident bytes of this process."""
         return int(self._process.memory_info().rss)
 
-    def set_baseline(self) -> None:
-        """Measure growth from here: the model is loaded now."""
-        self._baseline = self.rss()
+    def set_baseline(self, n_reserved: int = 0) -> None:
+        """Measure growth from here: the model is loaded now, and `n_reserved` bytes are texts in flight."""
+        self._baseline = max(0, self.rss() - n_reserved)
 
     def exceeded(self) -> bool:
         """True if the process has grown by more than the budget since the model was loaded."""

@@ -13,6 +13,9 @@ from asyncembed.errors import OptionsError
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_SAVE_PATH = "data"
 
+FILE_OPTIONS = ("input_format", "column", "header", "on_bad_row")
+"""Options that only concern the reading of a file."""
+
 Backend = Literal["auto", "torch", "openvino"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 LongTexts = Literal["average", "truncate", "error"]

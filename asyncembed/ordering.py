@@ -37,3 +37,8 @@ class OrderBuffer(Generic[T]):
             ready.append(self._held.pop(self._next))
             self._next += 1
         return ready
+
+    def rest(self) -> list[T]:
+        """All that is still held, in order, gaps skipped: no more will come."""
+        held, self._held = self._held, {}
+        return [held[index] for index in sorted(held)]

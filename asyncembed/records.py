@@ -26,7 +26,8 @@ class Text:
 
     Attributes:
         text: What to embed.
-        key: The caller's own name for it; kept in the index, many keys may lead to one text.
+        key: The caller's own name for it; kept in the index, many keys may lead to one text. A whole number is kept
+            as its digits.
         line: The line of the input file it begins at, counted from 1; None outside files.
     """
 

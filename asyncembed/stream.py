@@ -6,14 +6,15 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import anyio
 
-from asyncembed.errors import AsyncEmbedError, ClosedError
-from asyncembed.job import Job, JobParts
-from asyncembed.options import DEFAULT_MODEL, DEFAULT_SAVE_PATH, EmbedOptions
+from asyncembed.errors import AsyncEmbedError, ClosedError, OptionsError
+from asyncembed.job import Job, JobParts, Pending
+from asyncembed.options import DEFAULT_MODEL, DEFAULT_SAVE_PATH, FILE_OPTIONS, EmbedOptions
 from asyncembed.records import EmbeddedText, FloatVector
 from asyncembed.sources import check_source
 from asyncembed.summary import Summary
@@ -50,6 +51,9 @@ def embed_stream(
     Raises:
         OptionsError: An option is unknown or cannot be, or `texts` is a single `str` or no iterable.
     """
+    for name in FILE_OPTIONS:
+        if name in options:
+            raise OptionsError(f"{name} is about reading a file: pass it to read_texts, and its result to embed_stream")
     chosen = EmbedOptions.from_kwargs(model=model, save_path=save_path, **options)
     return EmbedStream(texts, chosen, JobParts())
 
@@ -76,9 +80,10 @@ class EmbedStream:
         self._driver: asyncio.Task[None] | None = None
         self._used = False
         self._closed = False
+        self._stop_requested = False
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "running" if self._driver else "not started"
+        state = "closed" if self._closed else "not started" if self._driver is None else "running"
         return f"<EmbedStream {state} {self._job!r}>"
 
     @property
@@ -95,11 +100,12 @@ class EmbedStream:
 
     @property
     def failures(self) -> list[EmbeddedText]:
-        """Failed texts, each with its reason in `error`: the first thousand (`errors.jsonl` has all)."""
+        """Failed texts, each with its reason in `error`: the first thousand (the folder's `errors.jsonl` has all)."""
         return list(self._job.failures) if self._job is not None else []
 
     def stop(self) -> None:
         """End soon and cleanly: the batch in hand is finished and saved. The same call goes on from there."""
+        self._stop_requested = True
         if self._job is not None:
             self._job.stop()
 
@@ -121,6 +127,11 @@ class EmbedStream:
 
         Returns:
             The numbers.
+
+        Raises:
+            StoreError: The folder is locked, of another model, or cannot be written.
+            ModelError: The model cannot be loaded or cannot go on.
+            ClosedError: The stream was closed by another task.
         """
         self._use()
         self._start(want_results=False)
@@ -140,18 +151,22 @@ class EmbedStream:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Cancel what still runs and wait until tasks, threads and folder are closed. Idempotent."""
-        self._used = self._closed = True
-        driver, self._driver = self._driver, None
-        if driver is None:
+        """Cancel what still runs and wait until tasks, threads and folder are closed. Idempotent.
+
+        Cancelled while waiting, it leaves the job to close by itself.
+        """
+        self._used = True
+        driver, is_first, self._closed = self._driver, not self._closed, True
+        if driver is None or self._job is None:
             return
-        driver.cancel()
-        with anyio.CancelScope(shield=True):
-            await asyncio.wait([driver])
-        if self._job is not None:
-            self._job.results.close()
-        if not driver.cancelled() and (error := driver.exception()) is not None:
-            logger.debug("the job ended in an error after it was closed", exc_info=error)
+        if is_first:
+            driver.cancel()
+        if not driver.done():
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([driver])
+        self._job.discard()
+        if is_first and not driver.cancelled() and (error := driver.exception()) is not None:
+            logger.debug("the job ended in an error", exc_info=error)
 
     async def _collect(self) -> dict[str, FloatVector | None]:
         self._use()
@@ -171,9 +186,9 @@ class EmbedStream:
         """Only receives from a channel: no task group or cancel scope is open across the `yield`."""
         job = self._start(want_results=True)
         try:
-            async for pending, record in job.results:
-                job.release(pending)
-                yield record
+            while (received := await self._receive(job)) is not None:
+                job.release(received[0])
+                yield received[1]
             await self._join()
         finally:
             await self.aclose()
@@ -184,23 +199,30 @@ class EmbedStream:
         self._used = True
 
     def _start(self, *, want_results: bool) -> Job:
-        parts = JobParts(
-            splitter=self._parts.splitter,
-            estimator=self._parts.estimator,
-            want_results=want_results,
-            on_loaded=self._parts.on_loaded,
-            on_progress=self._parts.on_progress,
-        )
-        self._job = Job(self._texts, self._options, parts)
+        self._job = Job(self._texts, self._options, replace(self._parts, want_results=want_results))
+        if self._stop_requested:
+            self._job.stop()
         # The one task of the stream: kept, awaited and cancelled here.
         self._driver = asyncio.get_running_loop().create_task(_run_unwrapped(self._job), name="asyncembed-job")
         return self._job
 
+    async def _receive(self, job: Job) -> tuple[Pending, EmbeddedText] | None:
+        """The next result; None when there are no more."""
+        try:
+            return await job.results.receive()
+        except anyio.EndOfStream:
+            return None
+        except anyio.ClosedResourceError:
+            raise ClosedError("the stream was closed while it was being read") from None
+
     async def _join(self) -> None:
         """Wait for the job's end and raise what it raised."""
         if self._driver is None:
-            raise ClosedError("the stream was closed while it was being read")
-        await asyncio.shield(self._driver)
+            raise AssertionError("a stream is joined before it was started: this is a bug")
+        await asyncio.wait([self._driver])
+        if self._driver.cancelled() and self._closed:
+            raise ClosedError("the stream was closed while it was running")
+        self._driver.result()
 
     def _is_over(self) -> bool:
         return self._driver is None or self._driver.done()

@@ -10,6 +10,7 @@ from asyncembed.cli.progress import Ticker
 from asyncembed.cli.report import advice, is_complete, plural, summary_lines
 from asyncembed.cli.request import Request
 from asyncembed.cli.signals import CTRL_C, Signals, leave
+from asyncembed.errors import ClosedError
 from asyncembed.job import JobParts
 from asyncembed.sources import FileTexts
 from asyncembed.stream import EmbedStream
@@ -65,7 +66,7 @@ class Run:
                 self._console.display.loading(f"the model {self._request.options.model}")
                 with Ticker(self._show_progress):
                     return await self._stream.run()
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ClosedError):
             if self._abandoning is None:
                 raise
             return self._stream.summary
@@ -117,14 +118,14 @@ class Run:
         """
         closing = asyncio.get_running_loop().create_task(self._stream.aclose(), name="asyncembed-close")
         await asyncio.wait([closing], timeout=ABANDON_S)
-        self._report(self._stream.summary, None)
+        summary = self._stream.summary
+        summary.stopped = True
+        self._report(summary, None)
         leave(self._signals.exit_code or Exit.CANNOT)
 
     def _report(self, summary: Summary, error: Exception | None) -> None:
         console = self._console
         console.display.close()
-        if self._signals.received is not None:
-            summary.stopped = True
         if self._request.as_json:
             console.result({**summary.as_dict(), "error": None if error is None else str(error)})
         elif error is None:

@@ -70,7 +70,7 @@ class OpenVinoEncoder:
         request, _ = handle
         try:
             request.wait()
-            matrix: FloatMatrix = np.array(request.get_output_tensor(0).data, np.float32)
+            matrix: FloatMatrix = np.array(request.get_output_tensor(0).data[:, : self.dim], np.float32)
         finally:
             self._idle.append(request)
         return matrix

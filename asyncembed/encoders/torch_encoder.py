@@ -92,7 +92,7 @@ class TorchEncoder:
 
     def finish(self, handle: Any) -> FloatMatrix:
         """Wait for a batch: shape `(rows, dim)` float32."""
-        matrix: FloatMatrix = handle.detach().float().cpu().numpy()
+        matrix: FloatMatrix = handle.detach()[:, : self.dim].float().cpu().numpy()
         return matrix
 
     def free_memory(self) -> None:

@@ -58,6 +58,7 @@ class Delivery:
         self._settled = settled
         self._on_progress = on_progress
         send, receive = anyio.create_memory_object_stream[Pending](float("inf"))
+        self._n_unsaved = 0
         self._send: MemoryObjectSendStream[Pending] = send
         self._receive: MemoryObjectReceiveStream[Pending] = receive
 
@@ -66,8 +67,14 @@ class Delivery:
         """The position in the input that ordered delivery waits for; None if unordered."""
         return self._order.next_index if self._order is not None else None
 
+    @property
+    def has_room(self) -> bool:
+        """Whether less than a commit's worth of computed texts waits to be saved: a crash would lose no more."""
+        return self._n_unsaved < COMMIT_RECORDS
+
     def put(self, pending: Pending) -> None:
         """A text has its result."""
+        self._n_unsaved += isinstance(pending.result, Assembled)
         self._send.send_nowait(pending)
 
     def close(self) -> None:
@@ -83,6 +90,9 @@ class Delivery:
         """
         async for first in self._receive:
             await self._save([first, *self._waiting(COMMIT_RECORDS - 1)])
+        if self._order is not None:  # of a run that was stopped, results are left whose turn never came
+            for pending, record in self._order.rest():
+                self._deliver(pending, record)
 
     async def save_rest(self) -> None:
         """Save what was finished but not yet saved when the run was cut short; nothing is delivered."""
@@ -108,6 +118,7 @@ class Delivery:
         delivered = [(pending, pending.record()) for pending in group]
         if self._store is not None:
             await self._store.commit([record for _, record in delivered])
+        self._n_unsaved -= sum(isinstance(pending.result, Assembled) for pending in group)
         self._settled(group)
         for pending, record in delivered:
             self._count(pending, record)

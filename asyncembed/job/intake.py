@@ -49,6 +49,7 @@ class Intake:
         self._on_skipped = on_skipped
         self._on_waiting = on_waiting
         self._n_texts = 0
+        self.reached_end = False
 
     def release(self, pending: Pending) -> None:
         """The text's life is over: give its reservation back. Idempotent."""
@@ -60,7 +61,9 @@ class Intake:
         for pending in list(self.in_flight.values()):
             self.release(pending)
 
-    async def run(self, admitted: MemoryObjectSendStream[list[Pending]], dim: int, chunk_size: int) -> None:
+    async def run(
+        self, admitted: MemoryObjectSendStream[list[Pending]], dim: int, chunk_size: int, chunk_overlap: int
+    ) -> None:
         """Read to the end of the source. What the source raises is kept in `error` and ends the reading."""
         while (items := await self._next_items()) is not None:
             skipped: list[tuple[str | None, Rejected]] = []
@@ -69,7 +72,7 @@ class Intake:
                 if isinstance(item, Rejected) and item.skipped:
                     skipped.append((self._place(item), item))
                     continue
-                reserved = life_bytes(item.text if isinstance(item, Text) else "", dim, chunk_size)
+                reserved = life_bytes(item.text if isinstance(item, Text) else "", dim, chunk_size, chunk_overlap)
                 if not self._admission.reserve_nowait(reserved):
                     if group:  # those before it must go on, or the room would never come
                         await admitted.send(group)
@@ -90,6 +93,7 @@ class Intake:
         try:
             return await self._feed.__anext__()
         except StopAsyncIteration:
+            self.reached_end = True
             return None
         except Exception as error:
             self.error = error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ class Job:
             ordered=options.ordered,
             on_error=options.on_error,
             deliver=self._deliver,
-            settled=lambda group: self._lookup.settled(group),
+            settled=self._settled,
             on_progress=parts.on_progress,
         )
         self._lookup = Lookup(self._store, want_vectors=parts.want_results, finished=self._delivery.put)
@@ -99,6 +99,9 @@ class Job:
         self._stopping = anyio.CancelScope()
         self._engine: Engine | None = None
         self._ready_at: float | None = None
+        self._saved_at: float | None = None
+        self._has_baseline = False
+        self._is_over = False
 
     def __repr__(self) -> str:
         return f"<Job in_flight={len(self._intake.in_flight)} {self.admission!r} {self._engine!r}>"
@@ -110,6 +113,8 @@ class Job:
 
     def stop(self) -> None:
         """End soon: finish the batch in hand and save it. What is not done then is left for the next run."""
+        if self._is_over:
+            return
         self.summary.stopped = True
         self._stopping.cancel()
         if self._engine is not None:
@@ -118,6 +123,12 @@ class Job:
     def release(self, pending: Pending) -> None:
         """A result was delivered: its reservation ends."""
         self._intake.release(pending)
+
+    def discard(self) -> None:
+        """Close the channels: nobody reads on. Also for a job that was cancelled before its first step."""
+        self._results_in.close()
+        self.results.close()
+        self._delivery.discard()
 
     def measure(self) -> Summary:
         """The summary with all numbers as they are now."""
@@ -133,7 +144,7 @@ class Job:
         summary.total_seconds = round(process_seconds(), 3)
         summary.peak_rss_bytes = peak_rss_bytes()
         if self._ready_at is not None:
-            seconds = time.perf_counter() - self._ready_at
+            seconds = (self._saved_at or time.perf_counter()) - self._ready_at
             summary.seconds = round(seconds, 3)
             summary.tokens_per_second = round(summary.tokens / seconds, 1) if seconds else 0.0
         return summary
@@ -199,10 +210,16 @@ class Job:
             estimator = TokenLimitEstimator(options.token_limit or initial_limit(encoder.device))
         assembler = Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim)
         engine = Engine(
-            encoder, chunker, estimator, assembler, model_thread=self._model_thread, max_rows=options.batch_size
+            encoder,
+            chunker,
+            estimator,
+            assembler,
+            model_thread=self._model_thread,
+            max_rows=options.batch_size,
+            may_compute=lambda: self._delivery.has_room,
         )
         self._engine = engine
-        self._budget.set_baseline()
+        self._budget.set_baseline(self.admission.statistics().reserved_bytes)
         self._ready_at = time.perf_counter()
         if self._parts.on_loaded is not None:
             self._parts.on_loaded()
@@ -213,6 +230,9 @@ class Job:
             group.start_soon(self._delivery.run)
             await engine.run()
             self._delivery.close()
+        self._is_over, self._saved_at = True, time.perf_counter()
+        if self._intake.error is None and not self._intake.reached_end and not self.summary.stopped:
+            raise AssertionError("the stages ended before their source did: this is a bug")
         self.measure()
 
     async def _admit_and_look_up(self, engine: Engine, dim: int, chunk_size: int) -> None:
@@ -222,7 +242,7 @@ class Job:
             with self._stopping, send, receive:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._lookup.run, receive, engine)
-                    await self._intake.run(send, dim, chunk_size)
+                    await self._intake.run(send, dim, chunk_size, self._options.chunk_overlap)
                     send.close()
         finally:
             engine.close()
@@ -230,6 +250,14 @@ class Job:
     async def _save_skipped(self, rows: list[tuple[str | None, Rejected]]) -> None:
         if self._store is not None:
             await self._store.reject(rows)
+
+    def _settled(self, group: Sequence[Pending]) -> None:
+        self._lookup.settled(group)
+        if self._engine is not None:
+            self._engine.resume()
+        if not self._has_baseline:  # the first batch has run: what the model keeps for itself is not growth
+            self._has_baseline = True
+            self._budget.set_baseline(self.admission.statistics().reserved_bytes)
 
     def _deliver(self, pending: Pending, record: EmbeddedText) -> None:
         if self._parts.want_results:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from asyncembed.chunking import Chunker
 from asyncembed.encoders import Encoder, load_encoder
+from asyncembed.errors import OptionsError
 from asyncembed.options import EmbedOptions
 from asyncembed.splitting import TextSplitter
 
@@ -20,6 +22,10 @@ def load_all(
         options: What the user chose.
         splitter: Splits long texts; None for the default.
         recorded: The folder's fingerprint, or nothing: what the user left open is taken from it.
+
+    Raises:
+        OptionsError: An option does not go with the model.
+        ModelError: The model cannot be loaded.
     """
     encoder = load_encoder(options, dtype=recorded.get("dtype"))
     chunker = load_chunker(encoder, options, splitter=splitter, recorded=recorded)
@@ -38,15 +44,24 @@ def load_chunker(
     Raises:
         OptionsError: The prompt or `chunk_size` does not go with the model.
     """
-    return Chunker(
-        encoder.tokenizer(),
-        encoder.max_tokens,
-        prompt=encoder.prompt,
-        chunk_size=options.chunk_size or (recorded or {}).get("chunk_size"),
-        chunk_overlap=options.chunk_overlap,
-        long_texts=options.long_texts,
-        splitter=splitter,
-    )
+    tokenizer = encoder.tokenizer()
+
+    def chunker(chunk_size: int | None) -> Chunker:
+        return Chunker(
+            tokenizer,
+            encoder.max_tokens,
+            prompt=encoder.prompt,
+            chunk_size=chunk_size,
+            chunk_overlap=options.chunk_overlap,
+            long_texts=options.long_texts,
+            splitter=splitter,
+        )
+
+    adopted = (recorded or {}).get("chunk_size")
+    if options.chunk_size is None and adopted is not None:
+        with suppress(OptionsError):  # of another model or prompt: the comparison of fingerprints will name it
+            return chunker(adopted)
+    return chunker(options.chunk_size)
 
 
 def run_fingerprint(encoder: Encoder, chunker: Chunker, options: EmbedOptions) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from asyncembed.engine import Engine, Submission
 from asyncembed.errors import ClosedError, CorruptRecordError
 from asyncembed.job.pending import Pending
 from asyncembed.records import Rejected, text_id
-from asyncembed.sinks import DigestSet, JsonStore
+from asyncembed.sinks import JsonStore
 from asyncembed.threads import WorkerThread
 
 
@@ -33,7 +33,7 @@ class Lookup:
         self._want_vectors = want_vectors
         self._finished = finished
         self._leaders: dict[str, Pending] = {}
-        self._saved = DigestSet()
+        self._settled_meanwhile: set[str] = set()
         self._thread = WorkerThread("asyncembed-lookup")
 
     def __repr__(self) -> str:
@@ -42,7 +42,9 @@ class Lookup:
     async def run(self, admitted: MemoryObjectReceiveStream[list[Pending]], engine: Engine) -> None:
         """Look up all that is admitted, to the end of the stream."""
         async for group in admitted:
-            new, saved = self._sort(group, await self._thread.run(self._identify, group))
+            self._settled_meanwhile.clear()
+            done = await self._thread.run(self._identify, group)
+            new, saved = self._sort(group, done, await self._saved_by_this_run(group))
             if saved:
                 new += await self._read_saved(saved)
             if new:
@@ -56,8 +58,7 @@ class Lookup:
         for pending in group:
             if self._leaders.get(pending.id) is pending:
                 del self._leaders[pending.id]
-        if self._store is not None:
-            self._saved.add_many([pending.id for pending in group if _is_new(pending)])
+        self._settled_meanwhile.update(pending.id for pending in group if _is_new(pending))
 
     async def aclose(self) -> None:
         """End the thread."""
@@ -74,11 +75,12 @@ class Lookup:
         found = iter(self._store.done_before(texts))
         return [next(found) if pending.id else False for pending in group]
 
-    def _sort(self, group: Sequence[Pending], done: Sequence[bool]) -> tuple[list[Pending], list[Pending]]:
+    def _sort(
+        self, group: Sequence[Pending], done: Sequence[bool], saved_now: Sequence[bool]
+    ) -> tuple[list[Pending], list[Pending]]:
         """Those to compute and those to read back; all others are finished, or wait for another."""
         new: list[Pending] = []
         saved: list[Pending] = []
-        saved_now = self._saved_now(group)
         for pending, is_done, is_saved_now in zip(group, done, saved_now, strict=True):
             # 1. no text at all   2. saved by an earlier run   3. repeats one under way
             # 4. repeats one that this run has saved   5. new
@@ -98,11 +100,12 @@ class Lookup:
                 new.append(pending)
         return new, saved
 
-    def _saved_now(self, group: Sequence[Pending]) -> list[bool]:
+    async def _saved_by_this_run(self, group: Sequence[Pending]) -> list[bool]:
+        """Asked in the store's thread, which knows what it has written; what was settled while it was asked counts."""
         if self._store is None:
             return [False] * len(group)
-        found = iter(self._saved.contains_many([pending.id for pending in group if pending.id]))
-        return [next(found) if pending.id else False for pending in group]
+        found = iter(await self._store.written_many([pending.id for pending in group if pending.id]))
+        return [(next(found) or pending.id in self._settled_meanwhile) if pending.id else False for pending in group]
 
     def _follow(self, leader: Pending, pending: Pending) -> None:
         if leader.result is None:

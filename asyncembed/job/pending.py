@@ -23,6 +23,7 @@ class Pending:
         followers: Repeats of the same text that wait for its result.
         is_duplicate: It repeats a text that this run has computed or is computing.
         result: What became of it.
+        cached: An earlier run had saved it.
     """
 
     item: SourceItem
@@ -48,10 +49,17 @@ class Pending:
             return EmbeddedText("", self.index, key, "", None, error=self.item.reason, place=self.place)
         if isinstance(result, StoredText):
             return EmbeddedText(
-                self.id, self.index, key, self.text, result.embedding, result.chunks, result.n_tokens, cached=True
+                self.id,
+                self.index,
+                key,
+                self.text,
+                result.embedding,
+                result.chunks,
+                result.n_tokens,
+                cached=self.cached,
             )
         if result is None:  # saved already, and its vector was not asked for
-            return EmbeddedText(self.id, self.index, key, self.text, None, cached=True)
+            return EmbeddedText(self.id, self.index, key, self.text, None, cached=self.cached)
         place = self.place if result.error is not None else None
         return EmbeddedText(
             self.id,

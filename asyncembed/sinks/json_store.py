@@ -99,10 +99,10 @@ class JsonStore:
         """Whether an earlier run has saved each text. Needs no disk; may be called from any thread while open."""
         return self._writer.done.contains_many(ids)
 
-    async def contains_many(self, ids: Sequence[str]) -> list[bool]:
-        """Whether an earlier run has saved each text, asked in the store's thread."""
+    async def written_many(self, ids: Sequence[str]) -> list[bool]:
+        """Whether this run has saved each text."""
         self._require_open()
-        return await self._in_thread(self.done_before, ids)
+        return await self._in_thread(self._writer.written, ids)
 
     async def read_many(self, ids: Sequence[str]) -> list[StoredText | CorruptRecordError]:
         """The stored texts, each checked; an error in the place of one that is damaged or gone.
@@ -123,7 +123,8 @@ class JsonStore:
             StoreError: The disk or the folder does not take it; what was saved before stays.
         """
         self._require_open()
-        await self._in_thread(self._writer.commit, records)
+        # Shielded: cancelled while it waits for the thread, a commit would be withdrawn and its records lost.
+        await asyncio.shield(asyncio.ensure_future(self._in_thread(self._writer.commit, records)))
 
     async def reject(self, rows: Sequence[tuple[str | None, Rejected]]) -> None:
         """Write skipped rows, each with its place (`file.csv:12`), to `errors.jsonl`.

@@ -92,7 +92,7 @@ class FolderWriter:
         make_folders(paths)
         self._lock.acquire()
         with storage_errors(paths.root):
-            for path in (paths.errors, temporary_of(paths.index), temporary_of(paths.journal)):
+            for path in (temporary_of(paths.index), temporary_of(paths.journal)):
                 remove(path)
             if self._wipe:
                 return
@@ -117,6 +117,12 @@ class FolderWriter:
             StoreError: The folder cannot be written to.
         """
         ours = Header.of(fingerprint, made_with)
+        self._claim(ours)
+        with storage_errors(self.paths.errors):
+            remove(self.paths.errors)  # the last run's; not before this one is sure to go on
+        self._claimed = True
+
+    def _claim(self, ours: Header) -> None:
         with storage_errors(self.paths.root):
             if self._wipe:
                 wipe(self.paths)
@@ -130,7 +136,10 @@ class FolderWriter:
                 self._rewrite_index()
             else:
                 self.header.compare(ours, self.paths.root)
-        self._claimed = True
+
+    def written(self, ids: Sequence[str]) -> list[bool]:
+        """Whether this run has saved each text."""
+        return self._written.contains_many(ids)
 
     def read_many(self, ids: Sequence[str]) -> list[StoredText | CorruptRecordError]:
         """The stored texts, each checked; an error in the place of one that is damaged or gone."""

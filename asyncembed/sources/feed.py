@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import reprlib
 from collections.abc import AsyncIterable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from asyncembed.errors import ClosedError, OptionsError
@@ -133,7 +134,7 @@ class TextFeed:
     def _raise_error(self) -> None:
         """Raise what ended the source; what would end the reader's loop without a word is said to be an error."""
         error, self._error = self._error, None
-        if isinstance(error, (StopIteration, StopAsyncIteration)):
+        if isinstance(error, (StopIteration, StopAsyncIteration, asyncio.CancelledError)):
             raise RuntimeError(f"the source of texts raised {type(error).__name__}") from error
         if error is not None:
             raise error
@@ -151,12 +152,22 @@ def to_item(item: Any, position: int) -> SourceItem:
         return item
     key = None
     if isinstance(item, Text):
+        key = _key_of(item)
+        if item.key is not None and key is None:
+            reason = f"the key of item {position} of the input is a {type(item.key).__name__}, not a str"
+            return Rejected(reason, content=_describe(item.text))
         if isinstance(item.text, str):
-            return item
-        key, item = item.key, item.text
+            return item if key is item.key else replace(item, key=key)
+        item = item.text
     # 3. Anything else.
     reason = f"item {position} of the input is a {type(item).__name__}, not a str"
     return Rejected(reason, key=key, content=_describe(item))
+
+
+def _key_of(text: Text) -> str | None:
+    """The key as it is kept: a number of a row as its digits."""
+    key: object = text.key
+    return str(key) if isinstance(key, int) and not isinstance(key, bool) else key if isinstance(key, str) else None
 
 
 def _describe(item: object) -> str | None:
@@ -168,6 +179,11 @@ def _describe(item: object) -> str | None:
 
 
 def check_source(source: object) -> None:
+    """Refuse what cannot be a source of texts.
+
+    Raises:
+        OptionsError: It is a single `str` or `bytes`, or no iterable.
+    """
     if isinstance(source, (str, bytes, bytearray, memoryview)):
         kind = type(source).__name__
         raise OptionsError(

@@ -261,6 +261,8 @@ class TaskPuller:
                     item = await anext(iterator)
                 except StopAsyncIteration:
                     return
+                if self.buffer.stopped:  # a source may swallow the cancellation: that must not keep it running
+                    return
                 record = self._convert(item, position)
                 await self._wait_for_room(size_of(record))
                 self.buffer.put(record)
@@ -271,6 +273,6 @@ class TaskPuller:
                 await iterator.aclose()
 
     async def _wait_for_room(self, n_chars: int) -> None:
-        while not self.buffer.has_room(n_chars):
+        while not self.buffer.has_room(n_chars) and not self.buffer.stopped:
             self._room.clear()
             await self._room.wait()

@@ -151,14 +151,14 @@ async def test_reserve_under_pressure_waits_while_anything_is_in_flight_and_warn
     queue = AdmissionQueue(6400, lambda: pressed)
     with caplog.at_level(logging.WARNING, "asyncembed"):
         assert queue.reserve_nowait(200)  # nothing was in flight
-        waiting = [asyncio.ensure_future(queue.reserve(10)) for _ in range(3)]
+        waiting = [asyncio.ensure_future(queue.reserve(700)) for _ in range(3)]
         await turn()
         assert queue.statistics().n_waiting == 3
         queue.release(200)  # one of them at a time while the pressure lasts
         await turn()
         assert [task.done() for task in waiting] == [True, False, False]
         pressed = False
-        queue.release(10)
+        queue.release(700)
         await asyncio.wait_for(asyncio.gather(*waiting), 10)
         pressed = True
         for _ in range(3):

@@ -93,6 +93,7 @@ async def test_run_cancelled_before_its_turn_is_never_made() -> None:
     second = asyncio.ensure_future(worker.run(made.append, 1))
     await asyncio.sleep(0)
     second.cancel()
+    await asyncio.wait([second])
     gate.go.set()
     assert await first == "done"
     await worker.run(made.append, 2)

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from asyncembed import AsyncEmbedError, ClosedError, OptionsError, StoreLockedError, Text, embed_stream
+from asyncembed import (
+    AsyncEmbedError,
+    ClosedError,
+    OptionsError,
+    StoreLockedError,
+    StoreMismatchError,
+    Text,
+    embed_stream,
+)
 from tests.conftest import all_tasks_done
 from tests.fakes import FakeEncoder
 
@@ -70,7 +78,8 @@ async def test_leaving_the_block_half_way_closes_everything(model: Any, tmp_path
     async with embed_stream(endless(), model=model, save_path=tmp_path) as stream:
         async for _ in stream:
             break
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+        await asyncio.sleep(0)  # the loop begins to close the generator that was left
+    assert stream._driver.done()
     assert reserved(stream) == (0, 0)
     async with embed_stream(["again"], model=model, save_path=tmp_path) as again:  # the lock is free
         await again
@@ -239,3 +248,175 @@ async def test_second_writer_in_one_process_is_refused(tmp_path: Path) -> None:
             with pytest.raises(StoreLockedError):
                 await embed_stream(["x"], model=FakeEncoder(), save_path=tmp_path)
             break
+
+
+async def test_source_that_raises_cancelled_error_is_an_error_and_no_end() -> None:
+    """A pool that was closed under the source cancels what it waits for: that must not look like the end."""
+
+    async def pooled() -> AsyncIterator[str]:
+        yield "a"
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+    with pytest.raises(RuntimeError, match="CancelledError"):
+        await embed_stream(pooled(), model=FakeEncoder(), save_path=None)
+
+
+async def test_source_that_swallows_cancellation_does_not_hold_up_closing() -> None:
+    async def stubborn() -> AsyncIterator[str]:
+        number = 0
+        while True:
+            try:
+                number += 1
+                yield f"text {number}"
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                pass
+
+    async with embed_stream(stubborn(), model=FakeEncoder(), save_path=None) as stream:
+        async for _ in stream:
+            break
+    await all_tasks_done()
+
+
+async def test_computed_results_do_not_pile_up_before_the_writer(tmp_path: Path) -> None:
+    """The store's thread is held: the model stops after a commit's worth of texts and two batches."""
+    release = threading.Event()
+    encoder = FakeEncoder()
+    texts = numbered(5000)
+    stream = embed_stream(texts, model=encoder, save_path=tmp_path, batch_size=16)
+    async with stream:
+        held = False
+        async for _ in stream:
+            if not held:
+                held = True
+                stream._job._store._worker.submit(release.wait, 60)
+                rows_before = -1
+                while rows_before != encoder.rows:  # until the model rests
+                    rows_before = encoder.rows
+                    for _ in range(300):
+                        await asyncio.sleep(0)
+                n_saved = stream._job.summary.texts
+                n_ahead = encoder.rows - n_saved
+                release.set()
+    assert encoder.rows == 5000
+    assert n_ahead <= 2 * 256 + 3 * 16
+
+
+async def test_bad_texts_in_a_row_fail_alone_where_the_model_is_sound() -> None:
+    def refuses(batch: Any) -> None:
+        if any("bad" in chunk.text for chunk in batch.chunks):
+            raise ValueError("no")
+
+    texts = [f"good {i}" for i in range(100)] + [f"bad one two three {i}" for i in range(60)]
+    stream = embed_stream(texts, model=FakeEncoder(on_batch=refuses), save_path=None)
+    vectors = await stream
+    assert sum(vector is None for vector in vectors.values()) == 60
+
+
+async def test_stop_requested_before_the_start_is_kept(tmp_path: Path) -> None:
+    stream = embed_stream(numbered(500), model=FakeEncoder(), save_path=tmp_path)
+    stream.stop()
+    assert (await stream.run()).stopped
+    finished = embed_stream(["a"], model=FakeEncoder(), save_path=tmp_path)
+    await finished
+    finished.stop()
+    assert not finished.summary.stopped
+
+
+async def test_stop_computes_no_more_than_the_batch_in_hand() -> None:
+    encoder = FakeEncoder()
+    stream = embed_stream(endless(), model=encoder, save_path=None, batch_size=4)
+    async with stream:
+        async for _ in stream:
+            rows = encoder.rows
+            stream.stop()
+            break
+    await all_tasks_done()
+    assert encoder.rows <= rows + 3 * 4
+
+
+async def test_ordered_results_of_a_stopped_run_are_all_delivered() -> None:
+    stream = embed_stream(endless(), model=FakeEncoder(), save_path=None, ordered=True)
+    seen = []
+    async for record in stream:
+        seen.append(record.index)
+        if len(seen) == 50:
+            stream.stop()
+    assert seen == sorted(seen)
+    assert stream.summary.texts == len(seen)
+
+
+async def test_estimator_that_says_nothing_useful_does_not_hang() -> None:
+    from asyncembed.job import JobParts
+    from asyncembed.options import EmbedOptions
+    from asyncembed.stream import EmbedStream
+
+    class Zero:
+        def __call__(self) -> int:
+            return 0
+
+        def succeed(self, n_tokens: int, seconds: float | None = None) -> None: ...
+
+        def fail(self, n_tokens: int) -> None: ...
+
+    options = EmbedOptions(model=FakeEncoder(), save_path=None)
+    assert len(await EmbedStream(numbered(20), options, JobParts(estimator=Zero()))) == 20
+
+
+async def test_closing_from_another_task_is_a_closed_error(tmp_path: Path) -> None:
+    stream = embed_stream(endless(), model=FakeEncoder(), save_path=None)
+    running = asyncio.get_running_loop().create_task(stream.run())
+    await asyncio.sleep(0)
+    await stream.aclose()
+    with pytest.raises(ClosedError):
+        await running
+
+
+async def test_number_as_a_key_is_kept_as_its_digits_and_another_type_fails_its_text(tmp_path: Path) -> None:
+    source = [Text("a", key=7), Text("b", key=object()), Text("a", key=8)]  # type: ignore[arg-type]
+    stream = embed_stream(source, model=FakeEncoder(), save_path=tmp_path)
+    records = [record async for record in stream]
+    assert {record.key for record in records if record.error is None} == {"7", "8"}
+    assert "the key of item 1" in stream.failures[0].error
+
+
+async def test_prompt_on_a_folder_without_one_is_a_mismatch_that_names_it(tmp_path: Path) -> None:
+    await embed_stream(["a"], model=FakeEncoder(), save_path=tmp_path)
+    other = FakeEncoder()
+    other.prompt = "query: "
+    with pytest.raises(StoreMismatchError, match="prompt"):
+        await embed_stream(["b"], model=other, save_path=tmp_path)
+
+
+async def test_refused_run_leaves_the_errors_of_the_last_one(tmp_path: Path) -> None:
+    await embed_stream(["a", ""], model=FakeEncoder(), save_path=tmp_path)
+    assert (tmp_path / "errors.jsonl").exists()
+    with pytest.raises(StoreMismatchError):
+        await embed_stream(["b"], model=FakeEncoder(dim=5), save_path=tmp_path)
+    assert (tmp_path / "errors.jsonl").exists()
+
+
+async def test_option_about_files_is_refused_with_where_it_belongs() -> None:
+    with pytest.raises(OptionsError, match="read_texts"):
+        embed_stream(["a"], column="text")
+
+
+async def test_encoder_of_a_user_gives_float32_whatever_it_returns() -> None:
+    class Double(FakeEncoder):
+        def finish(self, handle: Any) -> Any:
+            return super().finish(handle).astype(np.float64)
+
+    vectors = await embed_stream(["a"], model=Double(), save_path=None)
+    assert vectors["a"].dtype == np.float32
+
+
+async def test_live_model_that_truncates_gives_what_its_encode_gives(model: Any, tmp_path: Path) -> None:
+    model.truncate_dim = 64
+    try:
+        vectors = await embed_stream(["a boat"], model=model, save_path=tmp_path)
+        expected = model.encode(["a boat"])
+    finally:
+        model.truncate_dim = None
+    np.testing.assert_allclose(vectors["a boat"], expected[0], atol=1e-5)

@@ -44,10 +44,10 @@ async def test_json_store_committed_texts_are_found_by_the_next(tmp_path: Path) 
         assert (store.n_done, store.fingerprint, store.made_with) == (0, FINGERPRINT, MADE_WITH)
         await store.commit([record("one"), record("two \ud800")])
         await store.commit([record("three")])
-        assert await store.contains_many(ids("one")) == [False]  # by an earlier run
+        assert store.done_before(ids("one")) == [False]  # by an earlier run
     async with opened(tmp_path / "data") as store:
         assert store.n_done == 3
-        assert await store.contains_many(ids("three", "four", "one")) == [True, False, True]
+        assert store.done_before(ids("three", "four", "one")) == [True, False, True]
         assert store.done_before(ids("four")) == [False]
         one, two, four = await store.read_many(ids("one", "two \ud800", "four"))
         assert isinstance(one, StoredText)
@@ -124,7 +124,7 @@ async def test_json_store_failed_then_succeeded_is_completed(tmp_path: Path) -> 
         ]
     async with opened(tmp_path) as store:
         assert not (tmp_path / "errors.jsonl").exists()
-        assert await store.contains_many(ids("bad")) == [False]
+        assert store.done_before(ids("bad")) == [False]
         await store.commit([record("bad", "k2")])
     entry = _index(tmp_path)["texts"][text_id("bad")]
     assert (entry["status"], entry["key"], "error" in entry) == ("completed", ["k", "k2"], False)
@@ -158,7 +158,7 @@ async def test_json_store_deleted_file_is_not_called_completed(tmp_path: Path) -
         await store.commit([record("one"), record("two")])
     (tmp_path / "embeddings_data" / f"{text_id('one')}.json").unlink()
     async with opened(tmp_path) as store:
-        assert await store.contains_many(ids("one", "two")) == [False, True]
+        assert store.done_before(ids("one", "two")) == [False, True]
     assert list(_index(tmp_path)["texts"]) == ids("two")
 
 

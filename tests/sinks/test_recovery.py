@@ -105,7 +105,7 @@ async def test_open_whole_file_that_nobody_recorded_is_adopted(tmp_path: Path) -
     journal = tmp_path / "embeddings_index.journal"
     journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])  # killed between rename and append
     async with opened(tmp_path) as store:
-        assert await store.contains_many(ids("one", "two")) == [True, True]
+        assert store.done_before(ids("one", "two")) == [True, True]
     assert _texts(tmp_path)[text_id("two")]["size"] == _file(tmp_path, "two").stat().st_size
 
 
@@ -130,7 +130,7 @@ async def test_open_torn_file_is_removed_and_made_again(
     damage(_file(tmp_path, "one"))
     async with opened(tmp_path) as store:
         assert not _file(tmp_path, "one").exists()
-        assert await store.contains_many(ids("one", "two")) == [False, True]
+        assert store.done_before(ids("one", "two")) == [False, True]
         await store.commit([record("one")])
     async with opened(tmp_path) as store:
         assert store.n_done == 2
@@ -183,5 +183,5 @@ async def test_open_file_deleted_after_a_kill_is_made_again(tmp_path: Path) -> N
     await killed_after(tmp_path, [record("one"), record("two")])
     _file(tmp_path, "one").unlink()
     async with opened(tmp_path) as store:
-        assert await store.contains_many(ids("one", "two")) == [False, True]
+        assert store.done_before(ids("one", "two")) == [False, True]
     assert list(_texts(tmp_path)) == ids("two")

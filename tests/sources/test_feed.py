@@ -262,7 +262,7 @@ async def test_feed_batch_is_bounded_in_characters_and_a_larger_item_comes_alone
     assert all(len("".join(batch)) <= 10 for batch in batches if batch != ["b" * 50])
 
 
-ERRORS = [ValueError("broken"), asyncio.CancelledError(), KeyboardInterrupt(), SystemExit(3), GeneratorExit()]
+ERRORS = [ValueError("broken"), KeyboardInterrupt(), SystemExit(3), GeneratorExit()]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -286,7 +286,7 @@ async def test_feed_error_of_the_source_is_raised_unchanged_after_the_items_befo
     assert not feed_threads()
 
 
-@pytest.mark.parametrize("error", [ValueError("broken"), asyncio.CancelledError()], ids=["ValueError", "Cancelled"])
+@pytest.mark.parametrize("error", [ValueError("broken"), LookupError("gone")], ids=lambda error: type(error).__name__)
 async def test_feed_error_of_an_async_source_is_raised_unchanged_after_the_items_before_it(error):
     async def source():
         yield "a"

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from asyncembed.consumer import ModelRunner
 from asyncembed.encoders import Encoder
 from asyncembed.heap import ChunkHeap
 from asyncembed.limits import initial_limit
 from asyncembed.options import EmbedOptions
 from asyncembed.records import Chunk, FloatVector
+from asyncembed.runner import ModelRunner
 
 SAMPLE_CHUNKS = 512
 MEASURE_S = 3.0
