@@ -1,6 +1,8 @@
-"""Learn how many tokens a batch may have, from success and failure: pure, no clock, no device."""
+"""Learn how many tokens a batch may have, from success, failure and speed: pure, no clock, no device."""
 
 from __future__ import annotations
+
+from asyncembed.tuning import SpeedTuner
 
 DEFAULT_MIN_LIMIT = 16
 DEFAULT_INITIAL_LIMIT = 2048
@@ -16,13 +18,18 @@ class TokenLimitEstimator:
     A known failure is doubted after 512 successes near the limit, since the memory may have been a passing
     neighbour's.
 
+    Speed is learned by trying larger and smaller sizes on the first batches, where their seconds are given; see
+    `tuning`. Memory has the last word.
+
     A replacement needs the same three methods: call, `succeed`, `fail`.
 
     Args:
         initial_limit: The first limit, tried as given. None takes 2,048 (within `max_limit`).
-        min_limit: The limit never rises from below this by itself, and tuning never goes below it. A failure may.
-        max_limit: The limit never passes this; None for no bound, but then it only ever recovers from failures
-            and does not grow past its start.
+        min_limit: Tuning never goes below this. A failure may.
+        max_limit: The limit never passes this; None takes the start: it recovers from failures and grows no further.
+
+    Raises:
+        ValueError: The bounds leave no room, or a limit is below 1.
     """
 
     def __init__(
@@ -40,6 +47,7 @@ class TokenLimitEstimator:
         self._limit = start if initial_limit is not None else min(max(start, min_limit), self.max_limit)
         self._failed_at: int | None = None
         self._streak = 0
+        self._tuner = SpeedTuner(self._limit, min(min_limit, self._limit), self.max_limit)
 
     def __call__(self) -> int:
         """The current limit in padded tokens, at least 1."""
@@ -57,6 +65,9 @@ class TokenLimitEstimator:
         """A batch of `n_tokens` padded tokens ran, in `seconds` where they were measured."""
         if self._failed_at is not None and n_tokens >= self._failed_at:
             self._failed_at = None
+        if seconds is not None and not self._tuner.is_settled:
+            self._tuner.add(n_tokens, seconds)
+            self._limit = min(self._tuner.size, self._ceiling())
         if 2 * n_tokens < self._limit:
             return  # says nothing about the limit
         self._streak += 1
@@ -70,9 +81,15 @@ class TokenLimitEstimator:
         self._failed_at = n_tokens if self._failed_at is None else min(self._failed_at, n_tokens)
         self._limit = max(1, min(self._limit, n_tokens // 2))
         self._streak = 0
+        self._tuner.settle_below(n_tokens)
+
+    def _ceiling(self) -> int:
+        """The largest limit that nothing known speaks against: at least 1."""
+        wanted = min(self.max_limit, self._tuner.size if self._tuner.has_measured else self.max_limit)
+        return wanted if self._failed_at is None else max(1, min(wanted, self._failed_at - 1))
 
     def _rise(self) -> None:
-        ceiling = self.max_limit if self._failed_at is None else min(self.max_limit, self._failed_at - 1)
+        ceiling = self._ceiling()
         if self._limit >= ceiling or (self._failed_at is not None and ceiling - self._limit <= self._limit // 8):
             return
         doubled = 2 * self._limit
@@ -86,3 +103,15 @@ def initial_limit(device: str) -> int:
     thousands.
     """
     return 1024 if device.startswith("cpu") else 16_384
+
+
+def estimator_for(device: str, token_limit: int | None = None) -> TokenLimitEstimator:
+    """The estimator of a job.
+
+    Args:
+        device: Where the model runs.
+        token_limit: The user's own first limit; None for the device's.
+    """
+    start = token_limit if token_limit is not None else initial_limit(device)
+    largest = 8 * initial_limit(device) if device.startswith("cpu") else 16 * initial_limit(device)
+    return TokenLimitEstimator(start, min_limit=min(128, start), max_limit=max(start, largest))

@@ -23,7 +23,7 @@ from asyncembed.job.intake import Intake
 from asyncembed.job.loading import load_all
 from asyncembed.job.lookup import Lookup
 from asyncembed.job.pending import Pending
-from asyncembed.limits import TokenLimitEstimator, initial_limit
+from asyncembed.limits import estimator_for
 from asyncembed.memory import MemoryBudget
 from asyncembed.options import EmbedOptions
 from asyncembed.records import EmbeddedText, Rejected
@@ -205,9 +205,7 @@ class Job:
 
     async def _run_stages(self, encoder: Encoder, chunker: Chunker) -> None:
         options = self._options
-        estimator = self._parts.estimator
-        if estimator is None:
-            estimator = TokenLimitEstimator(options.token_limit or initial_limit(encoder.device))
+        estimator = self._parts.estimator or estimator_for(encoder.device, options.token_limit)
         assembler = Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim)
         engine = Engine(
             encoder,

@@ -33,6 +33,7 @@ ROOMS = [
     ["splitting"],
     ["consumer"],
     ["heap", "limits", "assembly", "runner"],
+    ["tuning"],
     ["encoders"],
     ["memory", "threads"],
     ["records"],

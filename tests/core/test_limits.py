@@ -35,12 +35,12 @@ class AnyHistory(RuleBasedStateMachine):
         for _ in range(times):
             self.estimator.succeed(n_tokens)
 
-    @rule(times=st.integers(1, 600))
-    def succeed_at_the_limit(self, times: int) -> None:
+    @rule(times=st.integers(1, 600), seconds=st.one_of(st.none(), st.floats(0.01, 1.0)))
+    def succeed_at_the_limit(self, times: int, seconds: float | None) -> None:
         for _ in range(times):
             before = self.estimator()
-            self.estimator.succeed(before, 0.5)
-            assert self.estimator() >= before
+            self.estimator.succeed(before, seconds)
+            assert self.estimator() >= before or seconds is not None  # only speed can lower it
 
     @rule(n_tokens=_sizes)
     def fail(self, n_tokens: int) -> None:

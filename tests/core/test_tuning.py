@@ -1,0 +1,104 @@
+"""The tuner finds the size that gives the most tokens per second, and stays."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncembed.limits import TokenLimitEstimator
+from asyncembed.tuning import SpeedTuner
+
+
+def rate(size: int, best: int, slope: float) -> float:
+    """Tokens per second of a device that is fastest at `best` and loses `slope` of it for each doubling away."""
+    return 1000.0 * (1 - slope) ** abs(math.log2(size / best))
+
+
+def tune(tuner: SpeedTuner, best: int, slope: float, noise: float, seed: int) -> int:
+    """Feed full batches until it settles; how many it took."""
+    rng = random.Random(seed)
+    for number in range(1000):
+        if tuner.is_settled:
+            return number
+        n_tokens = int(tuner.size * rng.uniform(0.8, 1.0))
+        seconds = n_tokens / rate(tuner.size, best, slope) * rng.uniform(1 - noise, 1 + noise)
+        tuner.add(n_tokens, seconds)
+    raise AssertionError("it never settled")
+
+
+@settings(deadline=None)
+@given(
+    start=st.sampled_from([256, 1024, 4096]),
+    best=st.sampled_from([128, 512, 1024, 2048, 8192]),
+    slope=st.floats(0.08, 0.4),
+    seed=st.integers(0, 1000),
+)
+def test_tuner_ends_within_ten_percent_of_the_best_size(start: int, best: int, slope: float, seed: int) -> None:
+    tuner = SpeedTuner(start, 64, 16_384)
+    n_batches = tune(tuner, best, slope, 0.01, seed)
+    assert rate(tuner.size, best, slope) >= 0.9 * rate(best, best, slope)
+    assert n_batches <= 2 + 4 * 8
+
+
+@given(seed=st.integers(0, 1000), noise=st.floats(0, 0.9))
+def test_tuner_settles_within_its_bounds_whatever_it_measures(seed: int, noise: float) -> None:
+    tuner = SpeedTuner(1024, 256, 4096)
+    tune(tuner, 1024, 0.0, noise, seed)
+    assert tuner.size in (256, 512, 1024, 2048, 4096)
+
+
+def test_tuner_prefers_the_smaller_of_two_that_are_as_good() -> None:
+    tuner = SpeedTuner(1024, 64, 16_384)
+    tune(tuner, 1024, 0.0, 0.0, 0)
+    assert tuner.size <= 1024
+
+
+def test_tuner_stays_once_it_has_settled() -> None:
+    tuner = SpeedTuner(1024, 64, 16_384)
+    tune(tuner, 2048, 0.2, 0.0, 0)
+    before = tuner.size
+    for _ in range(100):
+        tuner.add(before, 100.0)
+    assert tuner.size == before == 2048
+
+
+def test_tuner_counts_neither_first_batches_nor_small_ones() -> None:
+    tuner = SpeedTuner(1024, 64, 16_384)
+    for _ in range(50):
+        tuner.add(100, 1.0)
+    assert not tuner.has_measured
+    for _ in range(2):
+        tuner.add(1024, 1000.0)
+    for _ in range(4):
+        tuner.add(1024, 1.0)
+    assert tuner.size == 2048
+
+
+def test_limit_follows_speed_and_memory_has_the_last_word() -> None:
+    limit = TokenLimitEstimator(1024, max_limit=16_384)
+    for _ in range(200):
+        n_tokens = limit()
+        if n_tokens > 5000:
+            limit.fail(n_tokens)
+        else:
+            limit.succeed(n_tokens, n_tokens / rate(n_tokens, 16_384, 0.2))
+    assert 3000 < limit() <= 5000
+
+
+def test_limit_given_by_the_user_is_tried_first() -> None:
+    limit = TokenLimitEstimator(300, max_limit=16_384)
+    assert limit() == 300
+    limit.succeed(300, 1.0)
+    assert limit() == 300
+
+
+@pytest.mark.parametrize("seconds", [None, 0.0])
+def test_limit_without_measured_seconds_is_a_matter_of_memory_alone(seconds: float | None) -> None:
+    limit = TokenLimitEstimator(1024, max_limit=2048)
+    for _ in range(8):
+        limit.succeed(1024, seconds)
+    assert limit() == 2048
