@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -17,29 +13,22 @@ from tqdm import tqdm
 from asyncembed.assembly import Assembler
 from asyncembed.chunking import TokenCounter
 from asyncembed.consumer import LimitEstimator
-from asyncembed.encoders import Encoder, FloatMatrix, load_encoder
-from asyncembed.errors import ClosedError, OptionsError
+from asyncembed.encode_settings import options_of
+from asyncembed.encoders import Encoder, FloatMatrix
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
-from asyncembed.limits import TokenLimitEstimator, initial_limit
+from asyncembed.limits import estimator_for
+from asyncembed.loop_thread import LoopThread
 from asyncembed.memory import MemoryBudget
 from asyncembed.options import DEFAULT_SAVE_PATH, EmbedOptions
 from asyncembed.records import Chunk
-from asyncembed.sinks import open_writer
+from asyncembed.resuming import encoder_for, fingerprint_of, recorded_in
+from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.writer import FolderWriter
+from asyncembed.sources import check_source
 from asyncembed.sources.handoff import Handoff
 from asyncembed.splitting import TextSplitter, default_splitter
 from asyncembed.steps import PipelineSteps
 from asyncembed.stream import EmbedStream
-
-_TO_OPTIONS = ("device", "batch_size", "normalize_embeddings", "prompt", "prompt_name", "truncate_dim")
-_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
-    # Arguments of `encode` that change nothing here, with the values that say so.
-    "output_value": ("sentence_embedding",),
-    "precision": ("float32",),
-    "convert_to_numpy": (True, False),
-    "convert_to_tensor": (False,),
-    "show_progress_bar": (True, False, None),
-}
 
 
 class EmbeddingGenerator:
@@ -59,8 +48,8 @@ class EmbeddingGenerator:
             chunks = generator.find_best_chunks()
             try:
                 vectors = generator.embed(chunks)
-            except ModelOutOfMemoryError:
-                generator.fail(chunks)
+            except Exception as error:
+                generator.fail(chunks, error)
             else:
                 generator.succeed(chunks, vectors)
             generator.save_data()
@@ -90,10 +79,8 @@ class EmbeddingGenerator:
         max_memory_usage: int | str | None = None,
     ) -> None:
         settings = dict(model_settings or {})
-        _check_settings(settings)
-        chosen = {name: settings[name] for name in _TO_OPTIONS if settings.get(name) is not None}
         self._options = EmbedOptions.from_kwargs(
-            model=model, save_path=save_path, max_memory_usage=max_memory_usage, **chosen
+            model=model, save_path=save_path, max_memory_usage=max_memory_usage, **options_of(settings)
         )
         self.max_memory_usage = MemoryBudget(self._options.max_memory_bytes).max_bytes
         self.progress_bar = tqdm(unit=" texts", disable=not settings.get("show_progress_bar"), delay=0.1)
@@ -103,7 +90,6 @@ class EmbeddingGenerator:
         self._splitter_is_ours = True
         self._estimator: LimitEstimator | None = None
         self._steps: PipelineSteps | None = None
-        self._writer: FolderWriter | None = None
 
     def __repr__(self) -> str:
         return f"<EmbeddingGenerator model={self._options.model!r} save_path={self._options.save_path!r}>"
@@ -137,9 +123,12 @@ class EmbeddingGenerator:
 
     @property
     def limit_estimator(self) -> LimitEstimator:
-        """The limit of a batch in padded tokens: a `TokenLimitEstimator` or your own. Reading it loads the model."""
+        """The limit of a batch in padded tokens: a `TokenLimitEstimator` or your own. Reading it loads the model.
+
+        One for all runs: what it learnt in one, the next begins with.
+        """
         if self._estimator is None:
-            self._estimator = TokenLimitEstimator(initial_limit(self._encoder().device))
+            self._estimator = estimator_for(self._encoder().device)
         return self._estimator
 
     @limit_estimator.setter
@@ -158,9 +147,11 @@ class EmbeddingGenerator:
             AsyncEmbedError: Every text failed, or the job could not go on.
             Exception: What the iterator raised, after all texts before it were saved.
         """
+        check_source(texts)
         self.close()
+        self._encoder(recorded_in(self._options.folder))  # kept for the next call
         handoff = Handoff()
-        job = _LoopThread(self._stream(handoff), handoff)
+        job = LoopThread(self._stream(handoff), handoff)
         try:
             try:
                 for item in texts:
@@ -182,7 +173,10 @@ class EmbeddingGenerator:
         return self._steps.n_open if self._steps is not None else 0
 
     def fill_texts(self, iterator: Iterator[str]) -> int:
-        """Take texts from the iterator while there is room: how many. The first call locks the folder."""
+        """Take texts from the iterator while there is room: how many. The first call locks the folder.
+
+        Repeats, texts saved earlier and items that are no text count as well, and wait for `save_data`.
+        """
         return self._pipeline().fill(iterator)
 
     def find_best_chunks(self) -> list[Chunk]:
@@ -194,6 +188,8 @@ class EmbeddingGenerator:
 
         Raises:
             ModelOutOfMemoryError: They do not fit into memory together: call `fail`.
+            Exception: What the model raised, unchanged; one of the texts may be at fault. Call `fail` with it to
+                find that one and go on with the others, or let it end the run.
         """
         return self._pipeline().embed(chunks)
 
@@ -201,12 +197,21 @@ class EmbeddingGenerator:
         """Hand in the vectors of chunks."""
         self._pipeline().succeed(chunks, vectors)
 
-    def fail(self, chunks: Sequence[Chunk]) -> None:
-        """The chunks did not fit into memory: the limit falls and they wait again; one alone fails its text."""
-        self._pipeline().fail(chunks)
+    def fail(self, chunks: Sequence[Chunk], error: BaseException | None = None) -> None:
+        """The chunks could not be embedded: they are tried again in halves; one alone fails its text.
+
+        Args:
+            chunks: The chunks.
+            error: What `embed` raised. Out of memory, or None, lowers the limit of a batch; anything else does not,
+                and is kept as the text's reason.
+
+        Raises:
+            ModelError: The error says that the device is dead.
+        """
+        self._pipeline().fail(chunks, error)
 
     def save_data(self) -> int:
-        """Write the files of finished texts: how many."""
+        """Write what is finished, files, keys and errors: how many texts."""
         return self._pipeline().save()
 
     def remove_completed_texts(self) -> int:
@@ -218,17 +223,21 @@ class EmbeddingGenerator:
     def load_average_embeddings_with_fallback(self) -> dict[str, list[float] | None]:
         """All texts given to `fill_texts` with their vectors, read back from the folder; None where there is none.
 
-        Completes the folder's index and releases its lock.
+        Completes the folder's index and releases its lock, whatever happens.
+
+        Raises:
+            CorruptRecordError: A file was damaged since it was written.
         """
-        found = self._pipeline().load()
-        self.close()
-        return found
+        try:
+            return self._pipeline().load()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End a run by steps: complete the folder's index and release its lock. Idempotent."""
-        writer, self._writer, self._steps = self._writer, None, None
-        if writer is not None:
-            writer.close()
+        steps, self._steps = self._steps, None
+        if steps is not None:
+            steps.close()
 
     def __enter__(self) -> EmbeddingGenerator:
         """For `with`: the folder is closed at the end of the block."""
@@ -241,9 +250,8 @@ class EmbeddingGenerator:
 
     # --- delegation ---------------------------------------------------------------------------------------------
 
-    def _encoder(self) -> Encoder:
-        if self._loaded is None:
-            self._loaded = load_encoder(self._options)
+    def _encoder(self, recorded: Mapping[str, Any] | None = None) -> Encoder:
+        self._loaded = encoder_for(self._options, self._loaded, recorded or {})
         return self._loaded
 
     def _chosen_splitter(self) -> TextSplitter | None:
@@ -254,89 +262,42 @@ class EmbeddingGenerator:
         return replace(self._options, max_memory_usage=self.max_memory_usage)
 
     def _stream(self, source: Iterable[Any]) -> EmbedStream:
-        options = self._run_options()
-        if self._loaded is not None:
-            options = replace(options, model=self._loaded, prompt_name=None)
+        options = replace(self._run_options(), model=self._encoder(), prompt_name=None)
         before = self.progress_bar.n
 
-        def advance() -> None:
+        def advance() -> None:  # called only while the job runs: `stream`, which is made of it, is there by then
             self.progress_bar.update(before + stream.n_texts - self.progress_bar.n)
 
-        parts = JobParts(splitter=self._chosen_splitter(), estimator=self._estimator, on_progress=advance)
+        parts = JobParts(splitter=self._chosen_splitter(), estimator=self.limit_estimator, on_progress=advance)
         stream = EmbedStream(source, options, parts)
         return stream
 
     def _pipeline(self) -> PipelineSteps:
         if self._steps is None:
-            options, encoder = self._run_options(), self._encoder()
-            chunker = load_chunker(encoder, options, splitter=self._chosen_splitter())
-            if options.folder is not None:
-                fingerprint = run_fingerprint(encoder, chunker, options)
-                self._writer = open_writer(options.folder, fingerprint, encoder.made_with())
-            self._steps = PipelineSteps(
-                encoder,
-                chunker,
-                self.limit_estimator,
-                Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim),
-                max_bytes=self.max_memory_usage,
-                max_rows=options.batch_size,
-                writer=self._writer,
-            )
+            options = self._run_options()
+            writer = FolderWriter(StorePaths.of(options.folder)) if options.folder is not None else None
+            try:
+                self._steps = self._open_steps(options, writer)
+            except BaseException:
+                if writer is not None:
+                    writer.close(complete=False)
+                raise
         return self._steps
 
-
-class _LoopThread:
-    """A stream awaited by an event loop in a thread of its own, so that the caller's loop, if any, is left alone."""
-
-    def __init__(self, stream: EmbedStream, handoff: Handoff) -> None:
-        self._stream = stream
-        self._handoff = handoff
-        self._future: Future[dict[str, list[float] | None]] = Future()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[Any] | None = None
-        self._cancelled = False
-        self._thread = threading.Thread(target=self._run, name="asyncembed-generator", daemon=True)
-        self._thread.start()
-
-    def result(self) -> dict[str, list[float] | None]:
-        found = self._future.result()
-        self._thread.join()
-        return found
-
-    def cancel(self) -> None:
-        """Cancel the job if it still runs, and wait for its end."""
-        self._cancelled = True
-        self._handoff.close()
-        if self._loop is not None and self._task is not None and not self._future.done():
-            with suppress(RuntimeError):  # the loop has ended meanwhile
-                self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            self._future.set_result(asyncio.run(self._collect()))
-        except BaseException as error:  # handed to the calling thread, which raises it
-            self._future.set_exception(
-                ClosedError("the job was cancelled") if isinstance(error, asyncio.CancelledError) else error
-            )
-        finally:
-            self._handoff.close()
-
-    async def _collect(self) -> dict[str, list[float] | None]:
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-        if self._cancelled:
-            raise ClosedError("the job was cancelled")
-        vectors = await self._stream
-        return {text: None if vector is None else vector.tolist() for text, vector in vectors.items()}
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    for name, value in settings.items():
-        if name in _ONLY_VALUE:
-            if value not in _ONLY_VALUE[name]:
-                allowed = " or ".join(map(repr, _ONLY_VALUE[name]))
-                raise OptionsError(f"model_settings: {name}={value!r} is not supported here, only {allowed}")
-        elif name not in _TO_OPTIONS:
-            raise OptionsError(
-                f"model_settings: unknown setting {name!r}; there are {', '.join([*_TO_OPTIONS, *_ONLY_VALUE])}"
-            )
+    def _open_steps(self, options: EmbedOptions, writer: FolderWriter | None) -> PipelineSteps:
+        if writer is not None:
+            writer.open()
+        recorded = fingerprint_of(writer.header) if writer is not None else {}
+        encoder = self._encoder(recorded)
+        chunker = load_chunker(encoder, options, splitter=self._chosen_splitter(), recorded=recorded)
+        if writer is not None:
+            writer.claim(run_fingerprint(encoder, chunker, options), encoder.made_with())
+        return PipelineSteps(
+            encoder,
+            chunker,
+            self.limit_estimator,
+            Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim),
+            max_bytes=self.max_memory_usage,
+            max_rows=options.batch_size,
+            writer=writer,
+        )

@@ -4,40 +4,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from asyncembed.admission import AdmissionQueue, life_bytes
+from asyncembed.admission import life_bytes
 from asyncembed.assembly import Assembled, Assembler
 from asyncembed.chunking import Chunker
-from asyncembed.consumer import LimitEstimator
+from asyncembed.consumer import LimitEstimator, current_limit
 from asyncembed.encoders import Encoder, FailureKind, FloatMatrix, classify
-from asyncembed.errors import ModelOutOfMemoryError
+from asyncembed.engine import WINDOW_CHUNKS, window_tokens
+from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError
 from asyncembed.heap import ChunkHeap
-from asyncembed.records import Batch, Chunk, EmbeddedText, FloatVector, Rejected, SourceItem, Text, text_id
-from asyncembed.sinks import open_embeddings
+from asyncembed.job import Pending
+from asyncembed.records import Batch, Chunk, FloatVector, Rejected, Text, text_id
+from asyncembed.runner import ModelRunner
+from asyncembed.sinks import StoredText
 from asyncembed.sinks.writer import FolderWriter
-from asyncembed.sources.feed import to_item
+from asyncembed.step_intake import StepIntake
 
-WINDOW_BATCHES = 32
-"""Batches' worth of tokens that wait at most, so that a fitting batch can be chosen; see `heap`."""
-
-FILL_TEXTS = 64
-"""Texts tokenised in one call."""
-
-_END = object()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Taken:
-    """A text taken from the iterator; its position is its number within the pipeline."""
-
-    position: int
-    text: Text
-    id: str
-    reserved: int
+UNSAVED_TEXTS = 256
+"""Texts that have their result and wait to be saved, before no more are taken."""
 
 
 class PipelineSteps:
@@ -64,63 +51,81 @@ class PipelineSteps:
         max_rows: int | None,
         writer: FolderWriter | None,
     ) -> None:
-        self._encoder = encoder
+        self._dim = encoder.dim
+        self._runner = ModelRunner(encoder)
         self._chunker = chunker
         self._estimator = estimator
         self._assembler = assembler
         self._max_rows = max_rows
         self._writer = writer
         self._heap = ChunkHeap()
-        self._admission = AdmissionQueue(max_bytes)
-        self._open: dict[int, _Taken] = {}
-        self._finished: deque[EmbeddedText] = deque()
-        self._saved: deque[int] = deque()
-        self._held_back: SourceItem | None = None
-        self._n_items = 0
+        self._retries: deque[Batch] = deque()
+        self._intake = StepIntake(max_bytes, self._life_of, self._reject)
+        self._leaders: dict[str, Pending] = {}
+        self._finished: deque[Pending] = deque()
+        self._saved: deque[Pending] = deque()
         self._given: dict[str, str] = {}
-        self._vectors: dict[str, FloatVector] = {}
-        self.failures: list[EmbeddedText] = []
+        self._done: dict[str, FloatVector | None] = {}  # texts that have a vector; None where the folder holds it
 
     def __repr__(self) -> str:
-        return f"<PipelineSteps open={len(self._open)} unsaved={len(self._finished)} {self._heap!r}>"
+        return f"<PipelineSteps open={self.n_open} unsaved={len(self._finished)} {self._heap!r}>"
 
     @property
     def n_open(self) -> int:
-        """Texts taken and not yet removed as completed."""
-        return len(self._open)
+        """Items taken and not yet removed as completed."""
+        return len(self._intake.open)
 
     def fill(self, iterator: Iterator[Any]) -> int:
-        """Take texts while there is room for them: how many; 0 if there is no room, or no text is left."""
-        taken = 0
-        while self._heap.n_tokens < WINDOW_BATCHES * self._estimator():
-            group = self._admit(iterator)
-            taken += len(group)
-            self._start([text for text in group if self._is_new(text)])
-            if len(group) < FILL_TEXTS:
-                break
-        return taken
+        """Take items while there is room for them: how many; 0 if there is no room, or none is left.
+
+        Raises:
+            Exception: What the iterator raised; the items before it are taken.
+        """
+        n_before, ended, is_full = self._intake.n_taken, False, False
+        while self._has_room() and not (ended or is_full):
+            group: list[Pending] = []
+            try:
+                ended, is_full = self._intake.take(iterator, group)
+            finally:
+                self._start(self._sort(group))
+        if ended:
+            self._heap.drain()
+        return self._intake.n_taken - n_before
 
     def next_chunks(self) -> list[Chunk]:
         """The chunks that should run next, together; none if nothing waits."""
-        batch = self._heap.take(self._estimator(), self._max_rows)
-        return list(batch.chunks) if batch is not None else []
+        limit = current_limit(self._estimator)
+        if not self._retries:
+            batch = self._heap.take(limit, self._max_rows)
+            return list(batch.chunks) if batch is not None else []
+        batch = self._retries.popleft()
+        while len(batch.chunks) > 1 and batch.padded_tokens > limit:
+            batch, rest = batch.halves()
+            self._retries.appendleft(rest)
+        return list(batch.chunks)
 
     def embed(self, chunks: Sequence[Chunk]) -> FloatMatrix:
         """Their vectors, shape `(len(chunks), dim)` float32.
 
         Raises:
             ModelOutOfMemoryError: They do not fit into memory together.
+            Exception: What the model raised: one of the texts may be at fault.
         """
         if not chunks:
-            return np.empty((0, self._encoder.dim), np.float32)
-        try:
-            return self._encoder.finish(self._encoder.start(Batch(tuple(chunks))))
-        except Exception as error:
-            if classify(error) is not FailureKind.OUT_OF_MEMORY:
-                raise
-            message = str(error).split("\n", 1)[0]
-        # Outside the `except` block, whose traceback would keep the batch's tensors alive.
-        self._encoder.free_memory()
+            return np.empty((0, self._dim), np.float32)
+        batch = Batch(tuple(chunks))
+        outcome = self._runner.advance(batch)
+        # Asked without another, a model that takes several batches at once finishes those under way, oldest first:
+        # one that an interrupt left behind, then this one.
+        while outcome is None or outcome.batch is not batch:
+            outcome = self._runner.advance(None)
+        if outcome.vectors is not None:
+            return outcome.vectors
+        if outcome.error is None:
+            raise AssertionError("a batch without vectors has an error: this is a bug")
+        if outcome.kind is not FailureKind.OUT_OF_MEMORY:
+            raise outcome.error
+        message = str(outcome.error).split("\n", 1)[0]
         raise ModelOutOfMemoryError(f"{len(chunks)} chunks do not fit into memory together: {message}")
 
     def succeed(self, chunks: Sequence[Chunk], vectors: FloatMatrix, seconds: float | None = None) -> None:
@@ -130,108 +135,156 @@ class PipelineSteps:
             for done in self._assembler.add(chunks, vectors):
                 self._finish(done)
 
-    def fail(self, chunks: Sequence[Chunk]) -> None:
-        """They did not fit into memory: the limit falls, and they wait again; one alone fails its text."""
+    def fail(self, chunks: Sequence[Chunk], error: BaseException | None = None) -> None:
+        """They could not be embedded: they wait to be tried again in halves; one alone fails its text.
+
+        Args:
+            chunks: The chunks.
+            error: Why. Out of memory, or None, lowers the limit; anything else does not.
+
+        Raises:
+            ModelError: The error says that the device is dead.
+        """
         if not chunks:
             return
         batch = Batch(tuple(chunks))
-        self._estimator.fail(batch.padded_tokens)
+        # 1. Out of memory. 2. The device is dead. 3. Anything else may be one text's fault.
+        if error is None or isinstance(error, ModelOutOfMemoryError):
+            kind = FailureKind.OUT_OF_MEMORY
+        else:
+            kind = classify(error)
+        if kind is FailureKind.FATAL:
+            raise ModelError(f"the device cannot go on: {error}") from error
+        if kind is FailureKind.OUT_OF_MEMORY:
+            self._estimator.fail(batch.padded_tokens)
+            reason = f"a chunk of {chunks[0].length} tokens does not fit into memory even alone"
+        else:
+            reason = f"the model failed on it: {type(error).__name__}: {error}"
         if len(chunks) > 1:
-            self._heap.put_back(batch)
+            self._retries.extendleft(reversed(batch.halves()))
             return
-        reason = f"a chunk of {chunks[0].length} tokens does not fit into memory even alone"
         done = self._assembler.fail(chunks[0].owner, reason)
         if done is not None:
             self._heap.discard(done.owner)
             self._finish(done)
 
     def save(self) -> int:
-        """Write the files of all finished texts: how many."""
-        records = list(self._finished)
-        if self._writer is not None and records:
-            self._writer.commit(records)
-        self._finished.clear()
-        for record in records:
-            self._saved.append(record.index)
-            if record.error is not None:
-                self.failures.append(record)
-            elif self._writer is None and record.embedding is not None:
-                self._vectors[record.id] = record.embedding
-        return len(records)
+        """Write all that is finished, files, keys and errors: how many."""
+        if self._writer is not None and self._finished:
+            self._writer.commit([pending.record() for pending in self._finished])
+        n_saved = len(self._finished)
+        while self._finished:
+            pending = self._finished.popleft()
+            self._saved.append(pending)
+            if self._leaders.get(pending.id) is pending:
+                del self._leaders[pending.id]
+            if isinstance(pending.result, Assembled) and pending.result.error is None:
+                self._done[pending.id] = pending.result.embedding if self._writer is None else None
+        return n_saved
 
     def remove_completed(self) -> int:
-        """Give the memory of saved texts back: how many."""
+        """Give the memory of what is saved back: how many."""
         removed = len(self._saved)
         while self._saved:
-            self._admission.release(self._open.pop(self._saved.popleft()).reserved)
+            self._intake.release(self._saved.popleft())
         return removed
 
     def load(self) -> dict[str, list[float] | None]:
-        """Every text given so far with its vector, read back from the folder; None where there is none."""
-        stored = open_embeddings(self._writer.paths.root) if self._writer is not None else None
+        """Every text given so far with its vector, read back from the folder; None where there is none.
+
+        Raises:
+            CorruptRecordError: A file was damaged since it was written.
+        """
         found: dict[str, list[float] | None] = {}
         for identity, text in self._given.items():
-            vector = self._vectors.get(identity)
-            if vector is None and stored is not None and text in stored:
-                vector = stored[text].embedding
+            vector = self._done.get(identity)
+            if vector is None and identity in self._done and self._writer is not None:
+                (stored,) = self._writer.read_many([identity])
+                if isinstance(stored, CorruptRecordError):
+                    raise stored
+                vector = stored.embedding
             found[text] = vector.tolist() if vector is not None else None
         return found
 
-    def _admit(self, iterator: Iterator[Any]) -> list[_Taken]:
-        """Up to a micro-batch of texts that fit the budget."""
-        group: list[_Taken] = []
-        while len(group) < FILL_TEXTS:
-            item, self._held_back = self._held_back, None
-            if item is None:
-                given = next(iterator, _END)
-                if given is _END:
-                    self._heap.drain()
-                    break
-                item = to_item(given, self._n_items)
-            if isinstance(item, Rejected):
-                self.failures.append(EmbeddedText("", self._n_items, item.key, "", None, error=item.reason))
-                self._n_items += 1
-                continue
-            reserved = life_bytes(item.text, self._encoder.dim, self._chunker.chunk_size)
-            if not self._admission.reserve_nowait(reserved):
-                self._held_back = item
-                break
-            group.append(_Taken(self._n_items, item, text_id(item.text), reserved))
-            self._n_items += 1
-        return group
+    def close(self) -> None:
+        """Complete the folder's index and release its lock. Idempotent."""
+        if self._writer is not None:
+            self._writer.close()
 
-    def _is_new(self, taken: _Taken) -> bool:
-        """Whether a text must be computed: it is not saved, and neither done nor under way in this run."""
-        is_repeat = taken.id in self._given
-        self._given.setdefault(taken.id, taken.text.text)
-        is_saved = self._writer is not None and taken.id in self._writer.done
-        if is_repeat or is_saved:
-            self._admission.release(taken.reserved)
-        return not (is_repeat or is_saved)
+    def _has_room(self) -> bool:
+        if len(self._heap) >= WINDOW_CHUNKS or len(self._finished) >= UNSAVED_TEXTS:
+            return False
+        return self._heap.n_tokens < window_tokens(self._estimator)
 
-    def _start(self, group: Sequence[_Taken]) -> None:
+    def _life_of(self, text: str) -> int:
+        return life_bytes(text, self._dim, self._chunker.chunk_size, self._chunker.chunk_overlap)
+
+    def _reject(self, rows: list[tuple[str | None, Rejected]]) -> None:
+        if self._writer is not None:
+            self._writer.reject(rows)
+
+    def _sort(self, group: Sequence[Pending]) -> list[Pending]:
+        """Those to compute; all others are finished, or wait for one that is under way."""
+        new: list[Pending] = []
+        before = self._saved_before(group)
+        for pending in group:
+            leader = self._leaders.get(pending.id)
+            # 1. no text at all   2. repeats one under way   3. saved by an earlier run
+            # 4. repeats one that this run has done   5. new
+            if isinstance(pending.item, Rejected):
+                self._finished.append(pending)
+            elif leader is not None:
+                pending.is_duplicate = True
+                self._follow(leader, pending)
+            elif pending.id in before:
+                pending.cached = True
+                self._finished.append(pending)
+            elif pending.id in self._done:
+                pending.is_duplicate = True
+                self._finished.append(pending)
+            else:
+                self._leaders[pending.id] = pending
+                new.append(pending)
+        return new
+
+    def _saved_before(self, group: Sequence[Pending]) -> set[str]:
+        """Ids of the group's texts that an earlier run has saved; one whose file is damaged is new again."""
+        for pending in group:
+            if isinstance(pending.item, Text):
+                pending.id = text_id(pending.text)
+                self._given.setdefault(pending.id, pending.text)
+        ids = list(dict.fromkeys(pending.id for pending in group if pending.id and pending.id not in self._leaders))
+        if self._writer is None:
+            return set()
+        saved = [identity for identity, there in zip(ids, self._writer.done.contains_many(ids), strict=True) if there]
+        unread = [identity for identity in saved if identity not in self._done]
+        for identity, stored in zip(unread, self._writer.read_many(unread), strict=True):
+            if isinstance(stored, StoredText):
+                self._done[identity] = None
+        return {identity for identity in saved if identity in self._done}
+
+    def _follow(self, leader: Pending, pending: Pending) -> None:
+        if leader.result is None:
+            leader.followers.append(pending)
+        else:
+            pending.result = leader.result
+            self._finished.append(pending)
+
+    def _start(self, group: Sequence[Pending]) -> None:
+        """Make chunks of new texts; each is known to heap and assembler by its position."""
         if not group:
             return
-        self._open.update((taken.position, taken) for taken in group)
-        results = self._chunker.chunk([(taken.position, taken.text.text, 0) for taken in group])
-        for taken, result in zip(group, results, strict=True):
+        results = self._chunker.chunk([(pending.index, pending.text, 0) for pending in group])
+        for pending, result in zip(group, results, strict=True):
             if result.error is not None:
-                self._finish(Assembled(taken.position, None, error=result.error))
+                self._finish(Assembled(pending.index, None, error=result.error))
             else:
-                self._assembler.expect(taken.position, len(result.chunks))
+                self._assembler.expect(pending.index, len(result.chunks))
                 self._heap.push(result.chunks)
 
     def _finish(self, done: Assembled) -> None:
-        taken = self._open[done.owner]
-        self._finished.append(
-            EmbeddedText(
-                taken.id,
-                taken.position,
-                taken.text.key,
-                taken.text.text,
-                done.embedding,
-                done.chunks,
-                done.n_tokens,
-                done.error,
-            )
-        )
+        leader = self._intake.open[done.owner]
+        followers, leader.followers = leader.followers, []
+        for pending in (leader, *followers):
+            pending.result = done
+            self._finished.append(pending)

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -20,43 +21,22 @@ import pytest
 
 from asyncembed import (
     EmbeddingGenerator,
-    ModelOutOfMemoryError,
     OptionsError,
     StoreLockedError,
     TokenLimitEstimator,
     embed_stream,
+    open_embeddings,
 )
+from asyncembed.encoders.loading import model_folder
+from asyncembed.options import DEFAULT_MODEL
 from asyncembed.records import Batch
 from tests.conftest import NOTES, ROOT
 from tests.fakes import FakeEncoder
+from tests.generator.stepping import by_steps, files
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
 TEXTS = ["one", "two words", "one", "a river " * 200, "", "数学は楽しい", "wind"]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "embeddings_data").iterdir()}
-
-
-def by_steps(generator: EmbeddingGenerator, texts: Iterator[str]) -> dict[str, list[float] | None]:
-    while generator.fill_texts(texts) or generator.n_waiting:
-        chunks = generator.find_best_chunks()
-        try:
-            vectors = generator.embed(chunks)
-        except ModelOutOfMemoryError:
-            generator.fail(chunks)
-        else:
-            generator.succeed(chunks, vectors)
-        generator.save_data()
-        generator.remove_completed_texts()
-    return generator.load_average_embeddings_with_fallback()
-
-
-def vectors_of(folder: Path) -> dict[str, Any]:
-    from asyncembed import open_embeddings
-
-    return {stored.id: stored.embedding for stored in open_embeddings(folder)}
 
 
 def test_call_steps_and_stream_give_the_same(model: Any, tmp_path: Path) -> None:
@@ -161,16 +141,12 @@ def test_attributes_can_be_read_and_replaced(model: Any, tmp_path: Path) -> None
     generator.max_memory_usage = 20_000_000
     text = "a boat on the river. " * 20
     assert generator([text])[text] is not None
-    from asyncembed import open_embeddings
-
     chunks = open_embeddings(tmp_path)[text].chunks
     assert len(chunks) > 5
     assert max(chunk.n_tokens for chunk in chunks) <= 20
 
 
 def test_own_token_counter_is_what_the_default_splitter_counts_with(model: Any, tmp_path: Path) -> None:
-    from asyncembed import open_embeddings
-
     generator = EmbeddingGenerator(model, save_path=tmp_path)
     generator.token_counter = lambda text: 2 * len(text.split())
     text = "boat " * 200  # 400 by this counter, 200 by the model's
@@ -186,6 +162,8 @@ def test_progress_bar_counts_every_text(model: Any) -> None:
         generator(["a", "b", "a"])
         generator(["c"])
         assert generator.progress_bar.n == 4
+        by_steps(generator, iter(["a", "b", "a", 5]))
+        assert generator.progress_bar.n == 8
 
 
 def test_out_of_memory_by_steps_lowers_the_limit_and_loses_nothing(tmp_path: Path) -> None:
@@ -198,6 +176,56 @@ def test_out_of_memory_by_steps_lowers_the_limit_and_loses_nothing(tmp_path: Pat
     found = by_steps(generator, iter(texts))
     assert all(found[text] is not None for text in texts)
     assert generator.limit_estimator() <= 100
+
+
+def test_limit_that_a_call_learnt_can_be_read_and_is_kept_for_the_next(tmp_path: Path) -> None:
+    def small(batch: Batch) -> None:
+        if batch.padded_tokens > 100:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    generator = EmbeddingGenerator(FakeEncoder(on_batch=small), save_path=tmp_path)
+    generator([f"text number {i}" for i in range(200)])
+    learnt = generator.limit_estimator
+    assert isinstance(learnt, TokenLimitEstimator)
+    assert learnt.failed_at is not None
+    generator(["and another"])
+    assert generator.limit_estimator is learnt
+
+
+def test_model_given_by_name_is_loaded_once(tmp_path: Path) -> None:
+    """Its folder may even be gone."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder(DEFAULT_MODEL) or "", folder, copy_function=os.symlink)
+    generator = EmbeddingGenerator(str(folder), {"device": "cpu"}, save_path=tmp_path / "data")
+    generator(["first"])
+    shutil.rmtree(folder)
+    assert set(generator(["second"])) == {"second"}
+    assert set(by_steps(generator, iter(["third"]))) == {"third"}
+
+
+def test_locked_folder_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with EmbeddingGenerator(FakeEncoder(), save_path=tmp_path) as holder:
+        holder.fill_texts(iter(["a"]))
+        other = EmbeddingGenerator(str(tmp_path / "no such model"), save_path=tmp_path)
+        with pytest.raises(StoreLockedError):
+            other(["b"])
+
+
+def test_precision_of_the_folder_is_taken_over_by_call_and_steps(tmp_path: Path) -> None:
+    """Also where the model was loaded before the folder was looked at."""
+    settings: dict[str, Any] = {"model": DEFAULT_MODEL, "device": "cpu", "dtype": "bfloat16"}
+    asyncio.run(_embed(["first"], save_path=tmp_path, **settings))
+    generator = EmbeddingGenerator(DEFAULT_MODEL, {"device": "cpu"}, save_path=tmp_path)
+    assert generator.token_counter("two words") == 2
+    by_steps(generator, iter(["second"]))
+    again = EmbeddingGenerator(DEFAULT_MODEL, {"device": "cpu"}, save_path=tmp_path)
+    assert again.token_counter("two words") == 2
+    again(["third"])
+    assert len(open_embeddings(tmp_path)) == 3
+
+
+async def _embed(texts: list[str], **options: Any) -> None:
+    await embed_stream(texts, **options)
 
 
 def test_memory_budget_holds_back_filling() -> None:
@@ -252,3 +280,8 @@ def test_ctrl_c_cancels_the_job_and_is_raised_again(tmp_path: Path) -> None:
         assert child.stdout.readline().strip() == "[]"
         assert child.wait(60) == 0
     assert threading.active_count() >= 1
+
+
+def test_single_str_is_refused_and_not_taken_for_its_letters() -> None:
+    with pytest.raises(OptionsError, match="one text"):
+        EmbeddingGenerator(FakeEncoder(), save_path=None)("not a list")
