@@ -176,7 +176,7 @@ set_up() {
     expect_stamp "$(real_python "$venv/bin/python")"
     if [[ $goal == test ]]; then
         say '[2/3] installing asyncembed and its test tools, at the versions of constraints.txt'
-        pip_install '.[openvino,test]'
+        pip_install '.[bench,openvino,test]'
     else
         say '[2/3] installing asyncembed, at the versions of constraints.txt'
         pip_install '.[openvino]'

@@ -1,0 +1,1 @@
+"""The benchmark behind `bin/bench`: whole jobs beside `SentenceTransformer.encode`, side by side."""
