@@ -69,7 +69,9 @@ class Run:
         except (asyncio.CancelledError, ClosedError):
             if self._abandoning is None:
                 raise
-            return self._stream.summary
+            summary = self._stream.summary
+            summary.stopped = True
+            return summary
         finally:
             self._console.display.close()
 
