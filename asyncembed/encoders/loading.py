@@ -147,7 +147,7 @@ def _load_torch(
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
-            f"the model {os.fspath(model)!r} cannot be loaded: {reason.strip()}. "
+            f"the model {os.fspath(model)!r} cannot be loaded: {reason.strip().rstrip('.')}. "
             "Give the path of a model's folder, or the name of one that can be downloaded"
         ) from error
     # Hashed as stored, before the precision is changed: so every precision and backend knows the same weights.

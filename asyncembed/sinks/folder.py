@@ -212,5 +212,5 @@ def wipe(paths: StorePaths) -> None:
     for block in record_ids(paths, clean=True):
         for text_id in block:
             remove(paths.record(text_id))
-    for path in (paths.errors, paths.journal, paths.index):
+    for path in (paths.journal, paths.index):
         remove(path)

@@ -74,6 +74,7 @@ class FolderWriter:
         self._index = IndexState()
         self._keys = KnownKeys(paths)
         self._wipe = overwrite
+        self._held: list[EmbeddedText] = []  # failed texts, until one that is embedded makes the old results go
         self._stale = False  # the index names texts that are gone, or lacks some that are there
         self._claimed = False
         self._broken = False
@@ -81,8 +82,8 @@ class FolderWriter:
     def open(self) -> None:
         """Take the lock and find out what is done.
 
-        With `overwrite`, nothing counts as done; the earlier results are removed by `claim`, so a run whose model
-        cannot be loaded destroys nothing.
+        With `overwrite`, nothing counts as done; the earlier results are removed when the first text is embedded, so a
+        run that comes to nothing destroys nothing.
 
         Raises:
             StoreLockedError: Another job writes to the folder.
@@ -124,10 +125,10 @@ class FolderWriter:
 
     def _claim(self, ours: Header) -> None:
         with storage_errors(self.paths.root):
-            if self._wipe:
-                wipe(self.paths)
-                self._wipe = False
-            elif self.header is not None and not self.done and self.header.fingerprint != ours.fingerprint:
+            if self._wipe:  # not before there is something to put in the place of what is there: see `commit`
+                self.header = ours
+                return
+            if self.header is not None and not self.done and self.header.fingerprint != ours.fingerprint:
                 self._journal.remove()
                 self._index, self.header = IndexState(), None
             if self.header is None:
@@ -186,7 +187,11 @@ class FolderWriter:
         if not self._lock.held:
             return
         try:
-            if complete and self._claimed and not self._broken and (self._stale or self._journal.exists()):
+            if self._held:
+                with storage_errors(self.paths.errors):
+                    append_lines(self.paths.errors, [_error_line(record) for record in self._held])
+            is_ours = self._claimed and not self._wipe  # what an overwriting run has left alone stays as it was
+            if complete and is_ours and not self._broken and (self._stale or self._journal.exists()):
                 with storage_errors(self.paths.root):
                     self._rewrite_index()
         finally:
@@ -194,6 +199,14 @@ class FolderWriter:
             self._lock.release()
 
     def _commit(self, records: Sequence[EmbeddedText]) -> None:
+        if self._wipe:
+            self._held.extend(records)
+            if all(record.error is not None for record in records):
+                return
+            wipe(self.paths)
+            self._wipe = False
+            self._rewrite_index()
+            records, self._held = self._held, []
         batch = _Batch()
         self._save(records, batch)
         new_keys = self._keys.new(batch.other_keys, batch.own_keys)

@@ -200,7 +200,7 @@ async def test_json_store_folder_without_a_stored_text_takes_another_fingerprint
     assert list(_index(tmp_path)["texts"]) == ids("one")
 
 
-async def test_json_store_overwrite_removes_its_own_files_when_claimed(tmp_path: Path) -> None:
+async def test_json_store_overwrite_removes_its_own_files_when_a_text_is_embedded(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         await store.commit([record("one"), failure("bad")])
     mine = [tmp_path / "notes.txt", tmp_path / "embeddings_data" / "readme.json"]
@@ -211,11 +211,27 @@ async def test_json_store_overwrite_removes_its_own_files_when_claimed(tmp_path:
     assert (store.n_done, store.fingerprint) == (0, None)
     assert len(open_embeddings(tmp_path)) == 1  # a model that cannot be loaded now would have destroyed nothing
     await store.claim({"weights": "new", "dim": 2}, MADE_WITH)
-    assert len(open_embeddings(tmp_path)) == 0
+    await store.commit([failure("worse")])
+    assert len(open_embeddings(tmp_path)) == 1  # nor would an input in which nothing is of use
     await store.commit([record("two", dim=2)])
     await store.aclose()
-    assert list(_index(tmp_path)["texts"]) == ids("two")
+    assert set(_index(tmp_path)["texts"]) == set(ids("two", "worse"))
+    assert "worse" in (tmp_path / "errors.jsonl").read_text()
     assert [path.read_text() for path in mine] == ["mine", "mine"]
+
+
+async def test_json_store_overwrite_with_failures_only_leaves_the_results_and_says_what_failed(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.commit([record("one")])
+    before = (tmp_path / "embeddings_index.json").read_bytes()
+    store = JsonStore(tmp_path, overwrite=True)
+    await store.open()
+    await store.claim(FINGERPRINT, MADE_WITH)
+    await store.commit([failure("bad")])
+    await store.aclose()
+    assert (tmp_path / "embeddings_index.json").read_bytes() == before
+    assert len(open_embeddings(tmp_path)) == 1
+    assert "bad" in (tmp_path / "errors.jsonl").read_text()
 
 
 async def test_json_store_overwrite_not_claimed_leaves_the_folder(tmp_path: Path) -> None:
