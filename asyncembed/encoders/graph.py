@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,13 +47,26 @@ def convert(model: Any, *, with_types: bool, features: dict[str, Any]) -> Any:
 
     ids, mask, types = (torch.from_numpy(array) for array in _probe_rows(model, 7, 3, _pads_left(model)))
     example = (ids, mask, types) if with_types else (ids, mask)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's remarks about constants: the check on probes decides
+    with torch.no_grad(), _quiet():
         graph = ov.convert_model(Pipeline(), example_input=example)
     for number, name in enumerate(_INPUTS[: len(example)]):
         graph.inputs[number].get_node().set_friendly_name(name)
         graph.inputs[number].get_tensor().set_names({name})
     return graph
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's remarks about constants, which the check on probes decides, and transformers' on configs."""
+    library = logging.getLogger("transformers")
+    level = library.level
+    library.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        library.setLevel(level)
 
 
 def check(model: Any, compiled: Any, *, with_types: bool, features: dict[str, Any], max_tokens: int) -> bool:

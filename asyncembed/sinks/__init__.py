@@ -4,6 +4,5 @@ from asyncembed.sinks.digests import DigestSet
 from asyncembed.sinks.json_store import JsonStore
 from asyncembed.sinks.reader import StoredEmbeddings, open_embeddings
 from asyncembed.sinks.record_file import StoredText
-from asyncembed.sinks.writer import open_writer
 
-__all__ = ["DigestSet", "JsonStore", "StoredEmbeddings", "StoredText", "open_embeddings", "open_writer"]
+__all__ = ["DigestSet", "JsonStore", "StoredEmbeddings", "StoredText", "open_embeddings"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from itertools import compress
 
@@ -35,30 +34,6 @@ from asyncembed.sinks.recovery import listed_ids, repair, salvage_index
 _log = logging.getLogger("asyncembed")
 _JOURNAL_FLOOR = 1 << 20  # bytes of journal below which the index is not rewritten before the end
 _LOST = (errno.ENOENT, errno.EIO, errno.EISDIR)  # this one file cannot be read; writing it anew can help
-
-
-def open_writer(
-    save_path: str | os.PathLike[str],
-    fingerprint: Mapping[str, object],
-    made_with: Mapping[str, object],
-    *,
-    overwrite: bool = False,
-) -> FolderWriter:
-    """A folder opened and claimed, for synchronous callers; `close` gives its lock back. On failure nothing is held.
-
-    Raises:
-        StoreLockedError: Another job writes to the folder.
-        StoreMismatchError: The folder's vectors were made with other weights or options.
-        StoreError: The folder cannot be used.
-    """
-    writer = FolderWriter(StorePaths.of(save_path), overwrite=overwrite)
-    try:
-        writer.open()
-        writer.claim(fingerprint, made_with)
-    except BaseException:
-        writer.close(complete=False)
-        raise
-    return writer
 
 
 class FolderWriter:

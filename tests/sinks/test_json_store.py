@@ -13,7 +13,7 @@ import pytest
 
 from asyncembed.errors import ClosedError, CorruptRecordError, StoreError, StoreMismatchError
 from asyncembed.records import EmbeddedText, Rejected, text_id
-from asyncembed.sinks import JsonStore, StoredText, open_embeddings, open_writer
+from asyncembed.sinks import JsonStore, StoredText, open_embeddings
 
 from .making import FINGERPRINT, MADE_WITH, failure, ids, killed_after, opened, record
 
@@ -328,17 +328,4 @@ async def test_json_store_closed_incomplete_leaves_the_journal_for_the_next(tmp_
     async with opened(tmp_path) as store:
         assert store.n_done == 1
     assert set(_index(tmp_path)["texts"]) == set(ids("one", "bad"))
-    assert _index(tmp_path)["texts"][text_id("one")]["key"] == "k"
-
-
-def test_open_writer_leaves_what_the_async_store_leaves_and_holds_nothing_when_refused(tmp_path: Path) -> None:
-    writer = open_writer(tmp_path, FINGERPRINT, MADE_WITH)
-    writer.commit([record("one", "k")])
-    writer.close()
-    writer.close()
-    with pytest.raises(StoreMismatchError):
-        open_writer(tmp_path, {"weights": "other"}, MADE_WITH)
-    writer = open_writer(tmp_path, FINGERPRINT, MADE_WITH)
-    assert text_id("one") in writer.done
-    writer.close()
     assert _index(tmp_path)["texts"][text_id("one")]["key"] == "k"
