@@ -253,7 +253,8 @@ class Job:
         self._lookup.settled(group)
         if self._engine is not None:
             self._engine.resume()
-        if not self._has_baseline:  # the first batch has run: what the model keeps for itself is not growth
+        has_run = self._engine is not None and self._engine.statistics().consumer.batches > 0
+        if has_run and not self._has_baseline:  # the first batch has run: what the model keeps for itself is not growth
             self._has_baseline = True
             self._budget.set_baseline(self.admission.statistics().reserved_bytes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from asyncembed.assembly import Assembled
 from asyncembed.records import EmbeddedText, Rejected, SourceItem, Text
@@ -44,31 +45,21 @@ class Pending:
 
     def record(self) -> EmbeddedText:
         """The record that is delivered and saved."""
-        key, result = self.item.key, self.result
+        result = self.result
+        known: dict[str, Any] = {"index": self.index, "key": self.item.key, "text": self.text}
+        # 1. no text at all   2. saved already, and its vector was not asked for   3. read back, or computed
         if isinstance(self.item, Rejected):
-            return EmbeddedText("", self.index, key, "", None, error=self.item.reason, place=self.place)
-        if isinstance(result, StoredText):
-            return EmbeddedText(
-                self.id,
-                self.index,
-                key,
-                self.text,
-                result.embedding,
-                result.chunks,
-                result.n_tokens,
-                cached=self.cached,
-            )
-        if result is None:  # saved already, and its vector was not asked for
-            return EmbeddedText(self.id, self.index, key, self.text, None, cached=self.cached)
-        place = self.place if result.error is not None else None
+            return EmbeddedText(id="", **known, embedding=None, error=self.item.reason, place=self.place)
+        if result is None:
+            return EmbeddedText(id=self.id, **known, embedding=None, cached=self.cached)
+        error = result.error if isinstance(result, Assembled) else None
         return EmbeddedText(
-            self.id,
-            self.index,
-            key,
-            self.text,
-            result.embedding,
-            result.chunks,
-            result.n_tokens,
-            result.error,
-            place=place,
+            id=self.id,
+            **known,
+            embedding=result.embedding,
+            chunks=result.chunks,
+            n_tokens=result.n_tokens,
+            error=error,
+            cached=self.cached,
+            place=self.place if error is not None else None,
         )

@@ -144,6 +144,22 @@ async def test_reserve_cancelled_in_the_turn_it_was_granted_hands_the_room_on() 
     assert queue.statistics() == (60, 100, 1, 0)
 
 
+async def test_reserve_under_pressure_leaves_an_eighth_open_so_that_batches_stay_batches() -> None:
+    queue = AdmissionQueue(8000, lambda: True)
+    admitted = 0
+    while queue.reserve_nowait(100):
+        admitted += 1
+    assert admitted == 10
+
+
+def test_life_bytes_counts_what_overlapping_chunks_repeat() -> None:
+    """1,991 chunks of 100 tokens that share 90: their vectors as float32 and as JSON alone."""
+    text = "boat " * 20_000
+    n_chunks = (20_000 - 90) // 10
+    assert life_bytes(text, 384, 100, 90) >= n_chunks * 384 * (4 + 20)
+    assert life_bytes(text, 384, 100, 90) > 5 * life_bytes(text, 384, 100)
+
+
 async def test_reserve_under_pressure_waits_while_anything_is_in_flight_and_warns_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -499,3 +499,17 @@ async def test_run_wrong_number_of_rows_is_not_taken() -> None:
     bench = Bench(Short())
     with pytest.raises(ModelError, match=r"shape \(1, \d+\) for 5 rows"):
         await bench.run(chunks([10] * 5))
+
+
+async def test_run_device_that_fails_to_free_memory_still_backs_off() -> None:
+    class Clumsy(FakeEncoder):
+        def free_memory(self) -> None:
+            super().free_memory()
+            raise RuntimeError("nothing to free")
+
+    def too_large(batch: Batch) -> Exception | None:
+        return RuntimeError("CUDA out of memory. Tried to allocate 2 GiB") if batch.padded_tokens > 40 else None
+
+    bench, items = Bench(Clumsy(error_of=too_large), TokenLimitEstimator(1000)), chunks([10] * 30)
+    await bench.run(items)
+    bench.check_all_once(items, failed=[])
