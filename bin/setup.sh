@@ -176,10 +176,10 @@ set_up() {
     expect_stamp "$(real_python "$venv/bin/python")"
     if [[ $goal == test ]]; then
         say '[2/3] installing asyncembed and its test tools, at the versions of constraints.txt'
-        pip_install '.[bench,openvino,test]'
+        pip_install '.[bench,openvino,server,test]'
     else
         say '[2/3] installing asyncembed, at the versions of constraints.txt'
-        pip_install '.[openvino]'
+        pip_install '.[openvino,server]'
     fi
 
     # 3. the stamps, whole or not at all; what the tests need includes what a run needs
