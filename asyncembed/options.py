@@ -21,6 +21,7 @@ DType = Literal["auto", "float32", "float16", "bfloat16"]
 LongTexts = Literal["average", "truncate", "error"]
 OnError = Literal["continue", "raise"]
 OnBadRow = Literal["stop", "skip"]
+Durability = Literal["process", "power"]
 InputFormat = Literal["auto", "txt", "csv", "json"]
 
 _UNITS = {
@@ -80,6 +81,7 @@ class EmbedOptions:
         on_error: What a failed text does: `continue` (it is a result), or `raise`.
         on_bad_row: What a row of a file that cannot be a text does: `stop` the run, or `skip` it.
         overwrite: Empty the folder's earlier results first.
+        durability: What a saved text outlives: a killed `process`, or a cut of the `power` (slower).
         trust_remote_code: Let a model run code that it brings along.
         input_format: Format of an input file; `auto` goes by its extension.
         column: Name of the CSV column of the texts; implies `header`.
@@ -105,6 +107,7 @@ class EmbedOptions:
     on_error: OnError = "continue"
     on_bad_row: OnBadRow = "stop"
     overwrite: bool = False
+    durability: Durability = "process"
     trust_remote_code: bool = False
     input_format: InputFormat = "auto"
     column: str | None = None
@@ -167,5 +170,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "long_texts": get_args(LongTexts),
     "on_error": get_args(OnError),
     "on_bad_row": get_args(OnBadRow),
+    "durability": get_args(Durability),
     "input_format": get_args(InputFormat),
 }

@@ -64,6 +64,9 @@ ENTRIES: dict[str, _Entry] = {
         "FOLDER",
     ),
     "overwrite": _Entry(OUTPUT, "Remove the folder's earlier results first."),
+    "durability": _Entry(
+        OUTPUT, "What a saved text outlives: a killed process, or also a power cut (slower: every file is flushed)."
+    ),
     "on_error": _Entry(OUTPUT, "A text that cannot be embedded: note it in errors.jsonl and go on, or end the run."),
     "model": _Entry(
         MODEL,

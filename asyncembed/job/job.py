@@ -84,7 +84,11 @@ class Job:
             on_skipped=self._save_skipped,
             on_waiting=self._hasten_head,
         )
-        self._store = JsonStore(folder, overwrite=options.overwrite) if folder is not None else None
+        self._store = (
+            JsonStore(folder, overwrite=options.overwrite, durability=options.durability)
+            if folder is not None
+            else None
+        )
         self._delivery = Delivery(
             self._store,
             self.summary,

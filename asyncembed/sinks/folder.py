@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import IO
 
 from asyncembed.errors import StoreError
+from asyncembed.sinks.flushing import flush_folder, missing_folders
 
 _RECORD_NAME = re.compile(r"[0-9a-f]{64}\.json")
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{64}\.tmp")
 _BLOCK = 4096
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY
 
 _SPACE = "free some space and run the same command again: what is saved stays"
@@ -98,15 +99,22 @@ def storage_errors(path: str) -> Iterator[None]:
         raise storage_error(name, error) from error
 
 
-def make_folders(paths: StorePaths) -> None:
+def make_folders(paths: StorePaths, *, durable: bool = False) -> None:
     """Create the folder and the one of its per-text files.
+
+    Args:
+        paths: What to create.
+        durable: Wait until the names of new folders are on the platter.
 
     Raises:
         StoreError: A file is in the way, or the folder cannot be written to.
     """
     with storage_errors(paths.root):
+        missing = missing_folders(paths.data) if durable else []
         os.makedirs(paths.root, exist_ok=True)
         os.makedirs(paths.data, exist_ok=True)
+        for path in missing:
+            flush_folder(os.path.dirname(path))
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -119,10 +127,11 @@ def write_all(descriptor: int, data: bytes) -> None:
 def write_whole(path: str, temporary: str, data: bytes) -> None:
     """Make `path` hold `data`, whole or not at all.
 
-    Not flushed to the platter: sizes in the journal find what a power cut tore.
+    Not flushed to the platter (`RecordFiles` does that where it is asked for): sizes in the journal find what a power
+    cut tore.
     """
     try:
-        descriptor = os.open(temporary, _NEW_FILE, 0o666)
+        descriptor = os.open(temporary, NEW_FILE, 0o666)
         try:
             write_all(descriptor, data)
         finally:
@@ -204,13 +213,16 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
-def wipe(paths: StorePaths) -> None:
+def wipe(paths: StorePaths, *, durable: bool = False) -> None:
     """Remove what earlier jobs of this library wrote, and nothing else.
 
-    The index goes last: killed in between, the folder still says what its vectors were made with.
+    The index goes last: killed in between (or, if `durable`, cut off from power), the folder still says what its
+    vectors were made with.
     """
     for block in record_ids(paths, clean=True):
         for text_id in block:
             remove(paths.record(text_id))
+    if durable:
+        flush_folder(paths.data)
     for path in (paths.journal, paths.index):
         remove(path)

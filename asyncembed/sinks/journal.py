@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from asyncembed.sinks.codec import decode_json
 from asyncembed.sinks.entries import line_id
+from asyncembed.sinks.flushing import flush, flush_folder
 from asyncembed.sinks.folder import APPEND, remove, write_all
 from asyncembed.sinks.header import VERSION, Header, header_from
 
@@ -25,10 +26,15 @@ class Journal:
     """An append-only file of JSON lines, the first of which repeats the header.
 
     While it exists, the index is behind: a run is under way, or was killed. A clean end removes it.
+
+    Args:
+        path: The file.
+        durable: Wait after each append until it is on the platter.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, durable: bool = False) -> None:
         self.path = path
+        self._durable = durable
         self._descriptor: int | None = None
         self._size = 0
 
@@ -61,6 +67,8 @@ class Journal:
                 self.append(b"\n")
         else:
             self.append((b'{"version":%d}' % VERSION if header is None else header.encoded()) + b"\n")
+            if self._durable:
+                flush_folder(os.path.dirname(self.path))
 
     def append(self, lines: bytes) -> None:
         """Append whole lines in one write; what a full disk cut off is taken back.
@@ -72,6 +80,8 @@ class Journal:
             raise AssertionError("the journal is written before it was started: this is a bug")
         try:
             write_all(self._descriptor, lines)
+            if self._durable:
+                flush(self._descriptor)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, self._size)

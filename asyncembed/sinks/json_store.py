@@ -12,6 +12,7 @@ import aiofiles.os
 import anyio
 
 from asyncembed.errors import ClosedError, CorruptRecordError
+from asyncembed.options import Durability
 from asyncembed.records import EmbeddedText, Rejected
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.record_file import StoredText
@@ -33,10 +34,13 @@ class JsonStore:
     Args:
         save_path: The folder; made if it is not there.
         overwrite: Count nothing as done, and remove the earlier results once the folder is claimed.
+        durability: What a saved text outlives: a killed `process`, or a cut of the `power`.
     """
 
-    def __init__(self, save_path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        self._writer = FolderWriter(StorePaths.of(save_path), overwrite=overwrite)
+    def __init__(
+        self, save_path: str | os.PathLike[str], *, overwrite: bool = False, durability: Durability = "process"
+    ) -> None:
+        self._writer = FolderWriter(StorePaths.of(save_path), overwrite=overwrite, durable=durability == "power")
         self._worker = WorkerThread("asyncembed-store")
         self._state = "new"
 

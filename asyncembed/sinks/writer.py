@@ -12,6 +12,7 @@ from asyncembed.records import EmbeddedText, Rejected
 from asyncembed.sinks.codec import encode_json
 from asyncembed.sinks.digests import DigestSet
 from asyncembed.sinks.entries import completed_line, failed_line, key_line
+from asyncembed.sinks.flushing import flush_folder
 from asyncembed.sinks.folder import (
     StorePaths,
     append_lines,
@@ -21,13 +22,13 @@ from asyncembed.sinks.folder import (
     storage_errors,
     temporary_of,
     wipe,
-    write_record,
 )
 from asyncembed.sinks.header import Header
 from asyncembed.sinks.index import IndexState, index_state, write_index
 from asyncembed.sinks.journal import Journal, journal_header
 from asyncembed.sinks.keys import KnownKeys, Pair
 from asyncembed.sinks.lock import FolderLock
+from asyncembed.sinks.placing import RecordFiles
 from asyncembed.sinks.record_file import StoredText, encode_record, read_record
 from asyncembed.sinks.recovery import listed_ids, repair, salvage_index
 
@@ -37,15 +38,22 @@ _LOST = (errno.ENOENT, errno.EIO, errno.EISDIR)  # this one file cannot be read;
 
 
 class FolderWriter:
-    """Writes one folder while it holds its lock: open, claim, commit, close."""
+    """Writes one folder while it holds its lock: open, claim, commit, close.
 
-    def __init__(self, paths: StorePaths, *, overwrite: bool = False) -> None:
+    Args:
+        paths: The folder.
+        overwrite: Count nothing as done, and remove the earlier results when there is a new one.
+        durable: A text is saved only when it would outlive a power cut.
+    """
+
+    def __init__(self, paths: StorePaths, *, overwrite: bool = False, durable: bool = False) -> None:
         self.paths = paths
+        self._durable = durable
         self.header: Header | None = None
         self.done = DigestSet()  # by earlier runs; not changed after `open`
         self._written = DigestSet()  # by this one
         self._lock = FolderLock(paths)
-        self._journal = Journal(paths.journal)
+        self._journal = Journal(paths.journal, durable=durable)
         self._index = IndexState()
         self._keys = KnownKeys(paths)
         self._wipe = overwrite
@@ -65,7 +73,7 @@ class FolderWriter:
             StoreError: The folder cannot be used.
         """
         paths = self.paths
-        make_folders(paths)
+        make_folders(paths, durable=self._durable)
         self._lock.acquire()
         with storage_errors(paths.root):
             for path in (temporary_of(paths.index), temporary_of(paths.journal)):
@@ -178,12 +186,13 @@ class FolderWriter:
             self._held.extend(records)
             if all(record.error is not None for record in records):
                 return
-            wipe(self.paths)
+            wipe(self.paths, durable=self._durable)
             self._wipe = False
             self._rewrite_index()
             records, self._held = self._held, []
         batch = _Batch()
-        self._save(records, batch)
+        with RecordFiles(self.paths.data, durable=self._durable) as files:
+            self._save(records, batch, files)
         new_keys = self._keys.new(batch.other_keys, batch.own_keys)
         batch.lines.extend(key_line(identity, key) for identity, key in new_keys)
         if batch.lines:
@@ -195,7 +204,7 @@ class FolderWriter:
         if self._journal.size > max(_JOURNAL_FLOOR, self._index.size):
             self._rewrite_index()
 
-    def _save(self, records: Sequence[EmbeddedText], batch: _Batch) -> None:
+    def _save(self, records: Sequence[EmbeddedText], batch: _Batch, files: RecordFiles) -> None:
         """Write the files of a micro-batch and note what the journal is to say about it."""
         texts = [record.id for record in records if record.id]
         written = set(compress(texts, self._written.contains_many(texts)))
@@ -214,7 +223,7 @@ class FolderWriter:
             else:
                 data = encode_record(record)
                 self._journal.start(self.header)
-                write_record(self.paths.data, record.id, data)
+                files.write(record.id, data)
                 line = completed_line(record.id, record.n_tokens, len(record.chunks), len(data), record.key)
                 batch.lines.append(line)
                 batch.own_keys.extend(pair)
@@ -227,6 +236,8 @@ class FolderWriter:
             raise AssertionError("the index is written before the folder was claimed: this is a bug")
         old = self.paths.index if self._index.intact else None
         self._index = write_index(self.paths.index, self.header, old, self.paths.journal, self._have_files)
+        if self._durable:
+            flush_folder(self.paths.root)  # before the journal goes, or a power cut may leave neither
         self._journal.remove()
         self._stale = False
 
