@@ -10,6 +10,7 @@ from asyncembed.cli.exits import Exit
 from asyncembed.cli.parsing import parse
 from asyncembed.cli.request import Request
 from asyncembed.cli.signals import Signals
+from asyncembed.errors import StoreMismatchError
 
 
 def run_program(arguments: Sequence[str], signals: Signals) -> int:
@@ -52,7 +53,9 @@ def _perform(request: Request, console: Console, signals: Signals) -> int:
     if request.dry_run:
         from asyncembed.cli.dry_run import dry_run
 
-        dry_run(request, texts, console)
+        plan = dry_run(request, texts, console)
+        if plan.refused is not None:
+            raise StoreMismatchError(plan.refused)
         return Exit.DONE
     from asyncembed.cli.run import Run
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +35,11 @@ class Header:
     def encoded(self) -> bytes:
         """The header as a JSON object of its own."""
         return encode_json({"version": VERSION, "fingerprint": self.fingerprint, "made_with": self.made_with})
+
+    def digest(self) -> str:
+        """A short digest of the fingerprint, as each per-text file carries it: a file says what it was made with."""
+        plain = json.dumps(self.fingerprint, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
     def compare(self, other: Header, folder: str) -> None:
         """Refuse another fingerprint, key by key.

@@ -28,6 +28,7 @@ class StoredText:
         embedding: Shape `(dim,)` float32.
         chunks: The pieces it was embedded in, in order; a text of one piece shares its vector with it.
         n_tokens: Tokens of the text without prompt and special tokens, as embedded.
+        fingerprint: Digest of what its vector was made with; None if its file does not say.
     """
 
     id: str
@@ -35,10 +36,16 @@ class StoredText:
     embedding: FloatVector
     chunks: tuple[EmbeddedChunk, ...]
     n_tokens: int
+    fingerprint: str | None = None
 
 
-def encode_record(record: EmbeddedText) -> bytes:
-    """The bytes of a record's file. A text of one chunk stores its vector, and where equal its text, once."""
+def encode_record(record: EmbeddedText, fingerprint: str | None = None) -> bytes:
+    """The bytes of a record's file. A text of one chunk stores its vector, and where equal its text, once.
+
+    Args:
+        record: The text, embedded.
+        fingerprint: Digest of what its vector was made with (`Header.digest`).
+    """
     if record.embedding is None:
         raise AssertionError(f"text {record.id} is to be stored without a vector: this is a bug")
     vector = _storable(record.embedding)
@@ -54,7 +61,8 @@ def encode_record(record: EmbeddedText) -> bytes:
             entry["embedding"] = _storable(chunk.embedding)
         chunks.append(entry)
     fields = {"id": record.id, **_text_fields(record.text), "embedding": vector}
-    return encode_json({**fields, "n_tokens": record.n_tokens, "chunks": chunks})
+    made_with = {} if fingerprint is None else {"fingerprint": fingerprint}
+    return encode_json({**fields, "n_tokens": record.n_tokens, "chunks": chunks, **made_with})
 
 
 def decode_record(identity: str, data: bytes, path: str) -> StoredText:
@@ -74,7 +82,15 @@ def decode_record(identity: str, data: bytes, path: str) -> StoredText:
         text = _text_of(fields)
         vector = _vector(fields["embedding"], None)
         chunks = tuple(_chunk(entry, text, vector, len(fields["chunks"]) == 1) for entry in fields["chunks"])
-        stored = StoredText(fields["id"], text, vector, chunks, _whole(fields["n_tokens"]))
+        made_with = fields.get("fingerprint")
+        stored = StoredText(
+            fields["id"],
+            text,
+            vector,
+            chunks,
+            _whole(fields["n_tokens"]),
+            made_with if isinstance(made_with, str) else None,
+        )
     except (ValueError, TypeError, KeyError) as error:
         reason = "it is empty" if not data else f"it cannot be read back ({type(error).__name__}: {error})"
         raise _corrupt(path, reason) from error

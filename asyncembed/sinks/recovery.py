@@ -13,6 +13,7 @@ from asyncembed.sinks.folder import StorePaths, record_ids, remove, replacing
 from asyncembed.sinks.header import Header
 from asyncembed.sinks.index import IndexState, foreign_entries, index_lines
 from asyncembed.sinks.journal import Journal, journal_by_id
+from asyncembed.sinks.origin import check_origin
 from asyncembed.sinks.record_file import read_record
 
 _log = logging.getLogger("asyncembed")
@@ -37,6 +38,7 @@ def repair(paths: StorePaths, state: IndexState, journal: Journal, header: Heade
 
     Raises:
         OSError: The folder cannot be read or written.
+        StoreMismatchError: A file that was put into the folder was made with other weights or options.
     """
     recorded = DigestSet()
     if state.intact:
@@ -101,6 +103,8 @@ def _adopt(paths: StorePaths, ids: list[str], journal: Journal, header: Header |
             _log.warning("%s; its text will be embedded again", error)
             remove(path)
             continue
+        if header is not None:
+            check_origin(paths, record, header)
         lines.append(completed_line(identity, record.n_tokens, len(record.chunks), os.stat(path).st_size, None))
         adopted.append(identity)
     if lines:

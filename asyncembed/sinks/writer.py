@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 from collections.abc import Mapping, Sequence
 from itertools import compress
 
@@ -17,7 +16,6 @@ from asyncembed.sinks.folder import (
     StorePaths,
     append_lines,
     make_folders,
-    record_ids,
     remove,
     storage_errors,
     temporary_of,
@@ -28,11 +26,11 @@ from asyncembed.sinks.index import IndexState, index_state, write_index
 from asyncembed.sinks.journal import Journal, journal_header
 from asyncembed.sinks.keys import KnownKeys, Pair
 from asyncembed.sinks.lock import FolderLock
+from asyncembed.sinks.origin import check_origin, check_orphans
 from asyncembed.sinks.placing import RecordFiles
 from asyncembed.sinks.record_file import StoredText, encode_record, read_record
 from asyncembed.sinks.recovery import listed_ids, repair, salvage_index
 
-_log = logging.getLogger("asyncembed")
 _JOURNAL_FLOOR = 1 << 20  # bytes of journal below which the index is not rewritten before the end
 _LOST = (errno.ENOENT, errno.EIO, errno.EISDIR)  # this one file cannot be read; writing it anew can help
 
@@ -59,6 +57,7 @@ class FolderWriter:
         self._wipe = overwrite
         self._held: list[EmbeddedText] = []  # failed texts, until one that is embedded makes the old results go
         self._stale = False  # the index names texts that are gone, or lacks some that are there
+        self._digest = ""  # of what this run's vectors are made with
         self._claimed = False
         self._broken = False
 
@@ -102,6 +101,7 @@ class FolderWriter:
         """
         ours = Header.of(fingerprint, made_with)
         self._claim(ours)
+        self._digest = ours.digest()
         with storage_errors(self.paths.errors):
             remove(self.paths.errors)  # the last run's; not before this one is sure to go on
         self._claimed = True
@@ -115,7 +115,7 @@ class FolderWriter:
                 self._journal.remove()
                 self._index, self.header = IndexState(), None
             if self.header is None:
-                self._check_dim(ours)
+                check_orphans(self.paths, ours, len(self.done))
                 self.header = ours
                 self._rewrite_index()
             else:
@@ -221,7 +221,7 @@ class FolderWriter:
             elif record.cached or record.id in written:
                 batch.other_keys.extend(pair)
             else:
-                data = encode_record(record)
+                data = encode_record(record, self._digest)
                 self._journal.start(self.header)
                 files.write(record.id, data)
                 line = completed_line(record.id, record.n_tokens, len(record.chunks), len(data), record.key)
@@ -249,34 +249,18 @@ class FolderWriter:
         path = self.paths.record(identity)
         try:
             with storage_errors(path):
-                return read_record(identity, path)
+                stored = read_record(identity, path)
+                if self._claimed and self.header is not None:
+                    check_origin(self.paths, stored, self.header)
+                return stored
+        except StoreMismatchError as error:  # put there by hand: made anew, it fits
+            return CorruptRecordError(str(error))
         except CorruptRecordError as error:
             return error
         except StoreError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in _LOST:
                 return CorruptRecordError(str(error))
             raise
-
-    def _check_dim(self, ours: Header) -> None:
-        """Compare one stored vector with a fingerprint that is to be adopted for a folder that lost its own."""
-        if not self.done:
-            return
-        for identity in (identity for block in record_ids(self.paths) for identity in block):
-            stored = self._read(identity)
-            if isinstance(stored, StoredText):
-                dim = ours.fingerprint.get("dim", len(stored.embedding))
-                if dim != len(stored.embedding):
-                    raise StoreMismatchError(
-                        f"{self.paths.root} holds vectors of {len(stored.embedding)} numbers, this run makes {dim}; "
-                        "use the same model, choose another save path, or overwrite"
-                    )
-                break
-        _log.warning(
-            "%s: index and journal are gone, so what its %d texts were embedded with is not known; "
-            "they are taken to be made with this run's model and options",
-            self.paths.root,
-            len(self.done),
-        )
 
 
 class _Batch:

@@ -95,7 +95,6 @@ def test_the_words_give_time_and_room_and_how_they_are_known() -> None:
 
 def test_what_stands_in_the_way_is_warned_of() -> None:
     assert "will not fit" in next(plan(fits=False).warnings())
-    assert "would be refused: other model" in next(plan(refused="other model").warnings())
     [line] = plan(would_fail=2, first_failure="the text has no tokens").warnings()
     assert line == "2 texts would fail, the first because the text has no tokens"
     [line] = plan(dropped_tokens=1).warnings()

@@ -104,6 +104,20 @@ def test_a_second_run_computes_nothing_again_and_exits_0(first_run: object, fold
     assert "open_embeddings('data').to_numpy()" in done.stdout
 
 
+def test_a_run_or_a_dry_run_that_would_change_the_vectors_is_refused_alike(first_run: object, folder: Path) -> None:
+    before = (folder / "data" / "embeddings_index.json").read_bytes()
+    for change in (["--normalize-embeddings"], ["--chunk-size", "32"]):
+        said = []
+        for more in ([], ["--dry-run"]):
+            done = run("notes.csv", "--header", *change, *more, folder=folder)
+            assert done.returncode == 3
+            said.append(done.stderr.splitlines()[-1])
+        assert said[0] == said[1]
+        assert f"{change[0].strip('-').replace('-', '_')} is " in said[0]
+        assert "overwrite" in said[0]
+    assert (folder / "data" / "embeddings_index.json").read_bytes() == before
+
+
 def test_a_reader_of_the_summary_that_goes_away_changes_nothing(first_run: object, folder: Path) -> None:
     (folder / "one.txt").write_text("This is note number 1\n")
     with subprocess.Popen(
@@ -163,6 +177,12 @@ def test_sigterm_saves_what_is_done_and_the_same_command_goes_on(tmp_path: Path)
     assert 1 <= numbers["embedded"] <= 40
     saved = open_embeddings(tmp_path / "data")
     assert len(saved) == numbers["embedded"]
+    index = json.loads((tmp_path / "data" / "embeddings_index.json").read_bytes())
+    assert sorted(index["texts"]) == saved.ids()  # complete: the next start has nothing to repair
+    assert not (tmp_path / "data" / "embeddings_index.journal").exists()
+    lock = FolderLock(StorePaths.of(tmp_path / "data"))
+    lock.acquire()
+    lock.release()
 
     done = run("-", "--json", folder=tmp_path, stdin="".join(texts))
     assert done.returncode == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from asyncembed.errors import StoreMismatchError
+from asyncembed.errors import CorruptRecordError, StoreMismatchError
 from asyncembed.records import text_id
 from asyncembed.sinks import JsonStore
 
@@ -31,6 +31,14 @@ def _half(path: Path) -> None:
 
 def _empty(path: Path) -> None:
     path.write_bytes(b"")
+
+
+def _forget_origin(folder: Path) -> None:
+    """Files as they were before each said what it was made with."""
+    for path in (folder / "embeddings_data").glob("*.json"):
+        fields = orjson.loads(path.read_bytes())
+        del fields["fingerprint"]
+        path.write_bytes(orjson.dumps(fields))
 
 
 def _reformat(path: Path) -> None:
@@ -155,6 +163,7 @@ async def test_claim_folder_that_lost_its_fingerprint_adopts_this_runs_with_one_
 ) -> None:
     async with opened(tmp_path) as store:
         await store.commit([record("one"), record("two")])
+    _forget_origin(tmp_path)
     (tmp_path / "embeddings_index.json").unlink()
     with caplog.at_level(logging.WARNING, "asyncembed"):
         async with opened(tmp_path) as store:
@@ -185,3 +194,72 @@ async def test_open_file_deleted_after_a_kill_is_made_again(tmp_path: Path) -> N
     async with opened(tmp_path) as store:
         assert store.done_before(ids("one", "two")) == [False, True]
     assert list(_texts(tmp_path)) == ids("two")
+
+
+async def test_claim_folder_that_lost_index_and_journal_knows_its_own_by_its_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(tmp_path) as store:
+        await store.commit([record("one"), record("two")])
+    (tmp_path / "embeddings_index.json").unlink()
+    for _ in range(2):  # the refused run repaired the journal, which must not make the next one trust it
+        store = JsonStore(tmp_path)
+        await store.open()
+        with pytest.raises(StoreMismatchError, match="what its texts say they were made with"):
+            await store.claim({**FINGERPRINT, "prompt": "query: "}, MADE_WITH)
+        await store.aclose()
+    with caplog.at_level(logging.WARNING, "asyncembed"):
+        async with opened(tmp_path) as store:
+            assert (store.n_done, store.fingerprint) == (2, FINGERPRINT)
+    assert not caplog.records
+
+
+async def test_open_file_of_other_options_copied_into_the_folder_is_refused_by_name(tmp_path: Path) -> None:
+    async with opened(tmp_path / "a") as store:
+        await store.commit([record("one")])
+    async with opened(tmp_path / "b", {**FINGERPRINT, "prompt": "query: "}) as store:
+        await store.commit([record("two")])
+    stranger = _file(tmp_path / "a", "two")
+    stranger.write_bytes(_file(tmp_path / "b", "two").read_bytes())
+    with pytest.raises(StoreMismatchError, match=f"{stranger.name}: was made with other weights or options"):
+        await JsonStore(tmp_path / "a").open()
+    assert stranger.exists()
+    stranger.unlink()
+    async with opened(tmp_path / "a") as store:
+        assert store.n_done == 1
+
+
+async def test_read_many_file_of_other_options_in_the_place_of_one_is_made_again(tmp_path: Path) -> None:
+    async with opened(tmp_path / "a") as store:
+        await store.commit([record("one")])
+    async with opened(tmp_path / "b", {**FINGERPRINT, "prompt": "query: "}) as store:
+        await store.commit([record("one")])
+    _file(tmp_path / "a", "one").write_bytes(_file(tmp_path / "b", "one").read_bytes())
+    async with opened(tmp_path / "a") as store:
+        (found,) = await store.read_many(ids("one"))
+        assert isinstance(found, CorruptRecordError)
+
+
+def _gone(path: Path) -> None:
+    path.unlink()
+
+
+def _kept(path: Path) -> None:
+    """Nothing happens to it."""
+
+
+@pytest.mark.parametrize("to_index", [_kept, _gone, _half, _empty])
+@pytest.mark.parametrize("to_journal", [_kept, _gone, _half, _empty])
+async def test_open_index_and_journal_damaged_together_every_text_is_found(
+    tmp_path: Path, to_index: Callable[[Path], None], to_journal: Callable[[Path], None]
+) -> None:
+    async with opened(tmp_path) as store:
+        await store.commit([record(f"early {n}", f"k{n}") for n in range(7)])
+    await killed_after(tmp_path, [record(f"late {n}") for n in range(5)], [failure("bad")])
+    to_index(tmp_path / "embeddings_index.json")
+    to_journal(tmp_path / "embeddings_index.journal")
+    async with opened(tmp_path) as store:
+        assert store.n_done == 12
+    completed = {identity for identity, entry in _texts(tmp_path).items() if entry["status"] == "completed"}
+    assert completed == set(ids(*(f"early {n}" for n in range(7)), *(f"late {n}" for n in range(5))))
+    assert not (tmp_path / "embeddings_index.journal").exists()

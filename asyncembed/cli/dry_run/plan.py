@@ -91,8 +91,6 @@ class Plan:
 
     def warnings(self) -> Iterator[str]:
         """What stands in the way of the run, or of its being complete."""
-        if self.refused is not None:
-            yield f"the run would be refused: {self.refused}"
         if not self.fits:
             yield (
                 f"the results will not fit: they need {in_bytes(self.bytes)} and {self.files:,} files; there is room "

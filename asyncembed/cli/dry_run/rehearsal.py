@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 
 from asyncembed.chunking import Chunker
 from asyncembed.cli.console import Console
@@ -17,7 +18,9 @@ from asyncembed.errors import StoreMismatchError
 from asyncembed.job.loading import load_all
 from asyncembed.records import SourceItem, Text, text_id
 from asyncembed.sinks import DigestSet, StoredEmbeddings
+from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.header import Header
+from asyncembed.sinks.origin import check_orphans
 from asyncembed.sources import FileTexts
 
 GROUP_TEXTS = 256
@@ -27,6 +30,9 @@ def dry_run(request: Request, texts: FileTexts, console: Console) -> Plan:
     """Count the texts, and estimate what they would take; nothing is written.
 
     The model is loaded: only its tokenizer can count, and only running it tells how fast it is here.
+
+    Returns:
+        The numbers; `refused` in them says why the folder would refuse the run.
 
     Raises:
         SourceError: The input cannot be read.
@@ -43,11 +49,8 @@ def dry_run(request: Request, texts: FileTexts, console: Console) -> Plan:
     encoder, chunker, fingerprint = load_all(options, None, recorded)
     plan = _plan_of(encoder, options.truncate_dim, time.perf_counter() - started)
     plan.save_path = str(folder) if folder is not None else None
-    if recorded:
-        try:
-            Header(dict(recorded), {}).compare(Header.of(fingerprint, {}), str(folder))
-        except StoreMismatchError as error:
-            plan.refused = str(error)
+    if folder is not None and saved is not None:
+        plan.refused = _refusal(folder, saved, fingerprint)
 
     console.display.started(f"counting the tokens of {texts.name}")
     rehearsal = Rehearsal(encoder, options)
@@ -68,6 +71,19 @@ def dry_run(request: Request, texts: FileTexts, console: Console) -> Plan:
     for line in plan.warnings():
         console.warn(line)
     return plan
+
+
+def _refusal(folder: Path, saved: StoredEmbeddings, fingerprint: Mapping[str, object]) -> str | None:
+    """Why a run would be refused; None if it would not."""
+    ours, paths = Header.of(fingerprint, {}), StorePaths.of(folder)
+    try:
+        if saved.fingerprint is not None:
+            Header(saved.fingerprint, {}).compare(ours, paths.root)
+        else:
+            check_orphans(paths, ours, len(saved))
+    except StoreMismatchError as error:
+        return str(error)
+    return None
 
 
 class _Count:

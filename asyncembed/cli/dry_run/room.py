@@ -82,6 +82,6 @@ def file_bytes(text: str, chunks: Sequence[Chunk], n_vector_bytes: int) -> int:
     """Bytes of the file of a text, as it would be written with vectors of that many bytes."""
     pieces = tuple(EmbeddedChunk(chunk.text, chunk.start, chunk.n_tokens, _EMPTY) for chunk in chunks)
     n_tokens = sum(chunk.n_tokens for chunk in chunks)
-    bare = len(encode_record(EmbeddedText(text_id(text), 0, None, text, _EMPTY, pieces, n_tokens)))
+    bare = len(encode_record(EmbeddedText(text_id(text), 0, None, text, _EMPTY, pieces, n_tokens), "0" * 16))
     n_vectors = 1 if len(chunks) == 1 else 1 + len(chunks)
     return bare + n_vectors * (n_vector_bytes - len("[]"))
