@@ -133,7 +133,7 @@ def write_index(
     separator = b"\n"
     with replacing(path) as file:
         file.write(header.encoded()[:-1] + b',"texts":{')
-        for block in _blocks(_merged(old, journal)):
+        for block in _blocks(merged_entries(old, journal)):
             completed = [identity.decode() for identity, body in block if is_completed(body)]
             present = dict(zip(completed, still_there(completed), strict=True))
             for identity, body in block:
@@ -146,8 +146,8 @@ def write_index(
     return IndexState(True, True, header, n_completed, size)
 
 
-def _merged(old: str | None, journal: str) -> Iterator[tuple[bytes, bytes]]:
-    """Id and entry of each text of the index and the journal, ids ascending."""
+def merged_entries(old: str | None, journal: str) -> Iterator[tuple[bytes, bytes]]:
+    """Id and entry of each text of an intact index, if there is one, and the journal, ids ascending."""
     changes = journal_by_id(journal)
     change = next(changes, None)
     for identity, body in index_lines(old) if old is not None else ():

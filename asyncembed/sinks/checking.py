@@ -1,0 +1,119 @@
+"""Looking over a whole folder: every file against its name, its neighbours and the index, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from asyncembed.errors import CorruptRecordError
+from asyncembed.sinks.digests import DigestSet
+from asyncembed.sinks.entries import is_completed, parse
+from asyncembed.sinks.folder import StorePaths, record_ids, storage_errors
+from asyncembed.sinks.header import Header
+from asyncembed.sinks.index import index_state, merged_entries
+from asyncembed.sinks.journal import journal_header
+from asyncembed.sinks.origin import is_of
+from asyncembed.sinks.record_file import StoredText, read_record
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that is wrong in a folder.
+
+    Attributes:
+        path: The file.
+        reason: What is wrong with it, and what becomes of it.
+        removable: It is a per-text file that the next run makes anew once it is gone.
+    """
+
+    path: str
+    reason: str
+    removable: bool = False
+
+
+class FolderCheck:
+    """Reads every file of a folder and says what is wrong. Changes nothing, needs no lock.
+
+    Args:
+        paths: The folder.
+
+    Attributes:
+        n_files: Per-text files read so far.
+        n_unlisted: Of those, whole ones that neither index nor journal knows; the next run takes them in.
+    """
+
+    def __init__(self, paths: StorePaths) -> None:
+        self.n_files = 0
+        self.n_unlisted = 0
+        self._paths = paths
+        self._header: Header | None = None
+        self._dim: int | None = None
+
+    def __repr__(self) -> str:
+        return f"<FolderCheck {self._paths.root!r} n_files={self.n_files}>"
+
+    def faults(self) -> Iterator[Fault]:
+        """All that is wrong, as it is found.
+
+        Raises:
+            StoreError: The folder cannot be read, or a newer version of this library wrote it.
+        """
+        with storage_errors(self._paths.root):
+            state = index_state(self._paths.index)
+            self._header = state.header or journal_header(self._paths.journal)
+            if state.exists and not state.intact:
+                yield Fault(self._paths.index, "is torn or was reformatted; asyncembed-store rebuild makes it anew")
+            listed = DigestSet()
+            for identity, body in merged_entries(self._paths.index if state.intact else None, self._paths.journal):
+                if is_completed(body):
+                    listed.add_many([identity.decode()])
+                    yield from self._check(identity.decode(), parse(body))
+            for block in record_ids(self._paths):
+                known = listed.contains_many(block)
+                for name in (name for name, there in zip(block, known, strict=True) if not there):
+                    self.n_unlisted += 1
+                    yield from self._check(name, None)
+            if self.n_files and self._header is None:
+                reason = (
+                    "is gone, and with it what the texts were made with; the next run writes it, if it makes the same"
+                )
+                yield Fault(self._paths.index, reason)
+
+    def _check(self, identity: str, entry: dict[str, Any] | None) -> Iterator[Fault]:
+        path = self._paths.record(identity)
+        try:
+            stored = read_record(identity, path)
+        except FileNotFoundError:
+            if entry is not None:
+                yield Fault(path, "is gone; the next run over its text makes it again")
+            return
+        except CorruptRecordError as error:
+            self.n_files += 1
+            yield Fault(path, str(error).removeprefix(f"{path}: ").split("; delete")[0], True)
+            return
+        self.n_files += 1
+        reason = self._misfit(stored, entry or {}, path)
+        if reason is not None:
+            yield Fault(path, reason, True)
+
+    def _misfit(self, stored: StoredText, entry: dict[str, Any], path: str) -> str | None:
+        """Why a file that is whole does not belong here; None if it does."""
+        dim = len(stored.embedding)
+        if self._dim is None:
+            self._dim = self._header.fingerprint.get("dim", dim) if self._header is not None else dim
+        # 1. another length   2. other options   3. counts that cannot be   4. not what the index says
+        if dim != self._dim:
+            return f"its vector has {dim} numbers, the folder's have {self._dim}"
+        if self._header is not None and not is_of(stored, self._header):
+            return "it was made with other weights or options than the rest of the folder"
+        if not stored.chunks:
+            return "it has no chunks"
+        if any(chunk.start < 0 or chunk.n_tokens < 0 for chunk in stored.chunks) or stored.n_tokens < 0:
+            return "a count in it is below 0"
+        found = {"n_chunks": len(stored.chunks), "n_tokens": stored.n_tokens, "size": os.stat(path).st_size}
+        for name, number in found.items():
+            if entry.get(name, number) != number:
+                return f"its {name} is {number}, the index says {entry[name]}"
+        return None
