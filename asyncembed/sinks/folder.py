@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import IO
 from asyncembed.errors import StoreError
 from asyncembed.sinks.flushing import flush_folder, missing_folders
 
+_log = logging.getLogger("asyncembed")
 _RECORD_NAME = re.compile(r"[0-9a-f]{64}\.json")
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{64}\.tmp")
 _BLOCK = 4096
@@ -186,7 +188,7 @@ def record_ids(paths: StorePaths, *, clean: bool = False) -> Iterator[list[str]]
 
     Args:
         paths: Where to look.
-        clean: Remove the temporary files that a killed run left.
+        clean: Remove the temporary files that a killed run left, and the empty ones that a power cut did.
     """
     block: list[str] = []
     try:
@@ -197,6 +199,12 @@ def record_ids(paths: StorePaths, *, clean: bool = False) -> Iterator[list[str]]
         for entry in listing:
             name = entry.name
             if _RECORD_NAME.fullmatch(name):
+                if clean and not entry.stat(follow_symlinks=False).st_size:
+                    _log.warning(
+                        "%s: it is empty, as a power cut leaves a file; its text will be embedded again", entry.path
+                    )
+                    remove(entry.path)
+                    continue
                 block.append(name[:64])
                 if len(block) == _BLOCK:
                     yield block

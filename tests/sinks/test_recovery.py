@@ -263,3 +263,13 @@ async def test_open_index_and_journal_damaged_together_every_text_is_found(
     completed = {identity for identity, entry in _texts(tmp_path).items() if entry["status"] == "completed"}
     assert completed == set(ids(*(f"early {n}" for n in range(7)), *(f"late {n}" for n in range(5))))
     assert not (tmp_path / "embeddings_index.journal").exists()
+
+
+async def test_open_file_emptied_after_a_clean_end_is_made_again(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.commit([record("one"), record("two")])
+    _empty(_file(tmp_path, "one"))
+    async with opened(tmp_path) as store:
+        assert store.done_before(ids("one", "two")) == [False, True]
+        await store.commit([record("one")])
+    assert set(_texts(tmp_path)) == set(ids("one", "two"))
