@@ -6,18 +6,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from asyncembed.embedder import AsyncEmbedder as AsyncEmbedder
+    from asyncembed.embedder import EmbedderStatistics as EmbedderStatistics
     from asyncembed.encoders import Encoder as Encoder
     from asyncembed.encoders import load_encoder as load_encoder
     from asyncembed.errors import AsyncEmbedError as AsyncEmbedError
     from asyncembed.errors import ClosedError as ClosedError
     from asyncembed.errors import CorruptRecordError as CorruptRecordError
+    from asyncembed.errors import DeadlineError as DeadlineError
     from asyncembed.errors import ModelError as ModelError
     from asyncembed.errors import ModelOutOfMemoryError as ModelOutOfMemoryError
     from asyncembed.errors import OptionsError as OptionsError
+    from asyncembed.errors import OverloadedError as OverloadedError
     from asyncembed.errors import SourceError as SourceError
     from asyncembed.errors import StoreError as StoreError
     from asyncembed.errors import StoreLockedError as StoreLockedError
     from asyncembed.errors import StoreMismatchError as StoreMismatchError
+    from asyncembed.errors import TextError as TextError
     from asyncembed.generator import EmbeddingGenerator as EmbeddingGenerator
     from asyncembed.limits import TokenLimitEstimator as TokenLimitEstimator
     from asyncembed.options import EmbedOptions as EmbedOptions
@@ -37,18 +42,22 @@ if TYPE_CHECKING:
 
 # Public names by their module, imported when first used: `import asyncembed` costs next to nothing.
 _PUBLIC = {
+    "embedder": ("AsyncEmbedder", "EmbedderStatistics"),
     "encoders": ("Encoder", "load_encoder"),
     "errors": (
         "AsyncEmbedError",
         "ClosedError",
         "CorruptRecordError",
+        "DeadlineError",
         "ModelError",
         "ModelOutOfMemoryError",
         "OptionsError",
+        "OverloadedError",
         "SourceError",
         "StoreError",
         "StoreLockedError",
         "StoreMismatchError",
+        "TextError",
     ),
     "generator": ("EmbeddingGenerator",),
     "limits": ("TokenLimitEstimator",),

@@ -89,7 +89,7 @@ class Chunker:
         self._n_special = bare.n_prefix + bare.n_suffix
         self._n_prompt = probe.n_content - bare.n_content
         self._n_prompt_unknown = probe.n_unknown - bare.n_unknown
-        self._prompt = prompt
+        self.prompt = prompt
         room = max_tokens - self._n_special - self._n_prompt
         if room < 1:
             raise OptionsError(f"the prompt takes {self._n_prompt} tokens, and the model only {max_tokens} in all")
@@ -160,7 +160,7 @@ class Chunker:
 
     def _tokenize_prompted(self, texts: list[str]) -> list[Tokenized]:
         """Token ids of each text with prompt; of the unknown tokens only the text's own are counted."""
-        tokenized = self._tokenizer.tokenize([self._prompt + text for text in texts])
+        tokenized = self._tokenizer.tokenize([self.prompt + text for text in texts])
         if not self._n_prompt_unknown:
             return list(tokenized)
         return [found._replace(n_unknown=max(0, found.n_unknown - self._n_prompt_unknown)) for found in tokenized]
@@ -177,12 +177,12 @@ class Chunker:
                 error=f"the model's vocabulary knows none of the text's {n_tokens} tokens",
             )
         if n_tokens <= self._fits and not self._ask_always:
-            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority)
+            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority, self.prompt)
             return ChunkedText((chunk,), n_tokens, unknown_tokens=found.n_unknown)
         if self.long_texts == "average":
             return self._split(owner, text, priority)
         if n_tokens <= self.chunk_size:
-            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority)
+            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority, self.prompt)
             return ChunkedText((chunk,), n_tokens, unknown_tokens=found.n_unknown)
         if self.long_texts == "error":
             return ChunkedText(error=f"the text has {n_tokens} tokens; a chunk takes {self.chunk_size}")
@@ -216,7 +216,7 @@ class Chunker:
         suffix = found.ids[len(found.ids) - found.n_suffix :]
         ids = np.concatenate((found.ids[:keep], suffix))
         dropped = found.n_content - self._n_prompt - self.chunk_size
-        chunk = Chunk(owner, 0, text, 0, ids, self.chunk_size, priority)
+        chunk = Chunk(owner, 0, text, 0, ids, self.chunk_size, priority, self.prompt)
         return ChunkedText((chunk,), self.chunk_size, dropped, found.n_unknown)
 
     def _split(self, owner: int, text: str, priority: int) -> ChunkedText:
@@ -242,7 +242,8 @@ class Chunker:
                 n_tokens = found.n_content - self._n_prompt
                 if n_tokens > 0:
                     unknown += found.n_unknown
-                    chunks.append(Chunk(owner, len(chunks), part, start + offset, found.ids, n_tokens, priority))
+                    place = (owner, len(chunks), part, start + offset)
+                    chunks.append(Chunk(*place, found.ids, n_tokens, priority, self.prompt))
         n_tokens = sum(chunk.n_tokens for chunk in chunks)
         if not chunks:
             return ChunkedText(error="the splitter left nothing of the text")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,7 +72,8 @@ class Consumer:
     """Feeds the model from the heap until it is closed and all is done.
 
     One batch more than the encoder has slots is kept ready, so that the model's thread never waits for the event
-    loop; while that one has not begun it is taken back and chosen anew when more chunks arrive and it is not full.
+    loop; while that one has not begun it is taken back and chosen anew when more chunks arrive and it is not full, or
+    they are more urgent than it is. A batch is the smaller where several slots are idle: they share what waits.
 
     Args:
         encoder: The model.
@@ -82,8 +83,10 @@ class Consumer:
         worker: The thread that owns the model.
         on_embedded: Receives the chunks of a batch and their vectors, on the event loop.
         on_failed: Receives a chunk that failed alone, and why, on the event loop.
-        may_submit: Asked before each batch; False holds it back until `wake`: what is computed but not yet saved must
-            not pile up.
+        on_settled: Called on the event loop after each batch, whatever became of it.
+        held: Asked before each batch for the lanes that are held back until `wake`: what is computed but not yet saved
+            must not pile up.
+        is_wanted: Asked for chunks that are to be retried or go back into the heap; those it denies are dropped.
     """
 
     def __init__(
@@ -96,7 +99,9 @@ class Consumer:
         worker: WorkerThread,
         on_embedded: Callable[[Batch, FloatMatrix], None],
         on_failed: Callable[[Chunk, str], None],
-        may_submit: Callable[[], bool] = lambda: True,
+        on_settled: Callable[[], None] = lambda: None,
+        held: Callable[[], Collection[int]] = tuple,
+        is_wanted: Callable[[Chunk], bool] = lambda _: True,
     ) -> None:
         self.statistics = ConsumerStatistics()
         self._encoder = encoder
@@ -107,10 +112,13 @@ class Consumer:
         self._runner = ModelRunner(encoder)
         self._on_embedded = on_embedded
         self._on_failed = on_failed
-        self._may_submit = may_submit
+        self._on_settled = on_settled
+        self._held = held
+        self._is_wanted = is_wanted
         self._retries: deque[Batch] = deque()
+        self._retry_waited = False
+        self._under_way: dict[int, Batch] = {}
         self._submitted: deque[_Submitted] = deque()
-        self._n_under_way = 0
         self._wake = asyncio.Event()
         self._closed = False
         self._failed_in_a_row = 0
@@ -119,24 +127,37 @@ class Consumer:
 
     def __repr__(self) -> str:
         return (
-            f"<Consumer submitted={len(self._submitted)} under_way={self._n_under_way} "
+            f"<Consumer submitted={len(self._submitted)} under_way={len(self._under_way)} "
             f"retries={len(self._retries)}{' closed' if self._closed else ''}>"
         )
 
     def notify(self) -> None:
         """Chunks have arrived in the heap."""
-        if len(self._submitted) > self._encoder.slots and not self._is_full(self._submitted[-1].batch):
-            self._withdraw()
+        if self._submitted:
+            last = self._submitted[-1].batch
+            is_spare = self._n_in_hand() > self._encoder.slots
+            if (is_spare and not self._is_full(last)) or self._is_urgent_beside(last):
+                self._withdraw()
         self._wake.set()
 
     def wake(self) -> None:
-        """`may_submit` may say otherwise now."""
+        """`held` may say otherwise now."""
+        self._wake.set()
+
+    def holds(self, is_theirs: Callable[[Chunk], bool]) -> bool:
+        """Whether chunks of theirs are in a batch that was submitted or is under way."""
+        batches = [*self._under_way.values(), *(item.batch for item in self._submitted)]
+        return any(is_theirs(chunk) for batch in batches for chunk in batch.chunks)
+
+    def drop_unwanted(self) -> None:
+        """Some chunks are no longer wanted: take back batches with them that have not begun, and let these go."""
+        if any(not self._is_wanted(chunk) for item in self._submitted for chunk in item.batch.chunks):
+            self._withdraw()
         self._wake.set()
 
     def close(self) -> None:
         """No more chunks will come: `run` ends when all is done."""
         self._closed = True
-        self._heap.drain()
         self._wake.set()
 
     async def run(self) -> None:
@@ -149,51 +170,79 @@ class Consumer:
         while True:
             self._submit_more(loop)
             if not self._submitted:
-                if self._n_under_way == 0 and self._closed and not self._heap and not self._retries:
+                if not self._under_way and self._closed and not self._heap and not self._retries:
                     return
-                if self._n_under_way:
+                if self._under_way:
                     outcome = await self._worker.run(self._runner.advance, None)
                     self._settle(outcome)
                     continue
             elif self._submitted[0].future.done():
                 first = self._submitted.popleft()
-                self._n_under_way += 1
+                self._under_way[id(first.batch)] = first.batch
                 self._settle(first.future.result())
                 continue
             await self._wake.wait()
             self._wake.clear()
 
-    def drop_waiting(self) -> None:
-        """Forget what has not begun: the heap, what was to be retried, and the batch kept ready."""
-        while len(self._submitted) > 1 and self._submitted[-1].future.cancel():
-            self._submitted.pop()
-        self._retries.clear()
-        self._heap.clear()
-
     def _submit_more(self, loop: asyncio.AbstractEventLoop) -> None:
-        while len(self._submitted) <= self._encoder.slots and self._may_submit():
-            is_retry = bool(self._retries)
-            batch = self._next()
+        while self._n_in_hand() <= self._encoder.slots:
+            batch, is_retry = self._next_retry(), True
+            if batch is None:
+                batch, is_retry = self._next_new(), False
             if batch is None:
                 return
             future = self._worker.submit(self._runner.advance, batch)
             self._submitted.append(_Submitted(batch, future, is_retry))
             future.add_done_callback(lambda _: _call_soon(loop, self._wake.set))
 
-    def _next(self) -> Batch | None:
-        limit = current_limit(self._estimator)
-        if not self._retries:
-            return self._heap.take(limit, self._max_rows)
-        batch = self._retries.popleft()
-        while len(batch.chunks) > 1 and batch.padded_tokens > limit:
-            batch, rest = batch.halves()
-            self._retries.appendleft(rest)
-        return batch
+    def _n_in_hand(self) -> int:
+        return len(self._under_way) + len(self._submitted)
+
+    def _next_new(self) -> Batch | None:
+        limit, n_idle = current_limit(self._estimator), self._encoder.slots - self._n_in_hand()
+        if n_idle > 1:
+            limit = max(1, min(limit, -(-self._heap.n_tokens // n_idle)))
+        return self._heap.take(limit, self._max_rows, self._held())
+
+    def _next_retry(self) -> Batch | None:
+        """The next part of a batch that failed; None if there is none, or something more urgent goes between two."""
+        while self._retries:
+            batch = self._wanted_of(self._retries[0])
+            if batch is not None and self._is_urgent_beside(batch) and not self._retry_waited:
+                self._retry_waited = True
+                return None
+            self._retries.popleft()
+            if batch is None:
+                continue
+            self._retry_waited = False
+            while len(batch.chunks) > 1 and batch.padded_tokens > current_limit(self._estimator):
+                batch, rest = batch.halves()
+                self._retries.appendleft(rest)
+            return batch
+        return None
+
+    def _wanted_of(self, batch: Batch) -> Batch | None:
+        """The batch without chunks that nobody waits for any more; None if none is left. The probe is always wanted."""
+        if batch is self._probe or all(map(self._is_wanted, batch.chunks)):
+            return batch
+        wanted = tuple(filter(self._is_wanted, batch.chunks))
+        return Batch(wanted, batch.born) if wanted else None
+
+    def _is_urgent_beside(self, batch: Batch) -> bool:
+        """Whether something waits that is more urgent than all in the batch."""
+        urgent = self._heap.most_urgent(self._held())
+        return urgent is not None and urgent < min(chunk.priority for chunk in batch.chunks)
 
     def _settle(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return
-        self._n_under_way -= 1
+        try:
+            self._settle_one(outcome)
+        finally:
+            self._on_settled()
+
+    def _settle_one(self, outcome: Outcome) -> None:
+        del self._under_way[id(outcome.batch)]
         batch, n_padded = outcome.batch, outcome.batch.padded_tokens
         self.statistics.model_seconds += outcome.seconds
         if batch is self._probe and outcome.kind is not FailureKind.FATAL:
@@ -261,8 +310,8 @@ class Consumer:
             last = self._submitted.pop()
             if last.is_retry:
                 self._retries.appendleft(last.batch)
-            else:
-                self._heap.put_back(last.batch)
+            elif (batch := self._wanted_of(last.batch)) is not None:
+                self._heap.put_back(batch)
 
     def _is_full(self, batch: Batch) -> bool:
         rows_are_full = self._max_rows is not None and len(batch.chunks) >= self._max_rows

@@ -1,75 +1,32 @@
-"""The engine: wires chunking, heap, consumer and assembly in one task group.
+"""The engine: one model, the heap that feeds it, and a lane for each of those who share it.
 
 It is handed texts with a sink each, and hands every sink what became of its text, exactly once. Who makes the
-texts and what is done with the vectors is not its business: a job and an app use it alike.
+texts and what is done with the vectors is not its business: a job and an app use it alike, also at once.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream
-
-from asyncembed.assembly import Assembled, Assembler
-from asyncembed.chunking import Chunker
+from asyncembed.assembly import Assembler
 from asyncembed.consumer import Consumer, ConsumerStatistics, LimitEstimator, current_limit
 from asyncembed.encoders.base import Encoder, FloatMatrix
-from asyncembed.errors import ClosedError
 from asyncembed.heap import ChunkHeap, HeapStatistics
-from asyncembed.records import Batch, Chunk
+from asyncembed.lane import ChunkTexts, Lane
+from asyncembed.options import EmbedOptions
+from asyncembed.records import Batch, Chunk, lane_of
 from asyncembed.threads import WorkerThread
-
-WINDOW_BATCHES = 32
-"""Depth of the heap's window: see `heap` for what it buys. At 16,384 tokens a batch it is 2 MB of ids."""
-
-WINDOW_CHUNKS = 20_000
-"""Most chunks in the window, so that a choice stays under a millisecond."""
-
-Sink = Callable[[Assembled], None]
-
-
-@dataclass(slots=True)
-class ChunkingStatistics:
-    """Totals since the start; tokens without prompt and special tokens."""
-
-    dropped_tokens: int = 0
-    unknown_tokens: int = 0
 
 
 class EngineStatistics(NamedTuple):
     """What the engine did, and what waits in it."""
 
-    chunking: ChunkingStatistics
     consumer: ConsumerStatistics
     heap: HeapStatistics
     n_open: int
     token_limit: int
-
-
-def window_tokens(estimator: LimitEstimator) -> int:
-    """Tokens that may wait in the window before no more texts are chunked."""
-    return WINDOW_BATCHES * current_limit(estimator)
-
-
-class Submission(NamedTuple):
-    """A text for the engine.
-
-    Attributes:
-        owner: Its number, from `Engine.new_owner`.
-        text: The text.
-        sink: Called on the event loop with what became of it.
-        priority: Class of urgency; lower is sooner.
-    """
-
-    owner: int
-    text: str
-    sink: Sink
-    priority: int = 0
 
 
 class Engine:
@@ -77,29 +34,21 @@ class Engine:
 
     Args:
         encoder: The model.
-        chunker: Makes chunks; used only in the engine's tokenizer thread.
         estimator: The limit of a batch in padded tokens.
-        assembler: Puts vectors together.
         model_thread: The thread that owns the model; closed by its owner, not by the engine.
         max_rows: Most rows of a batch.
-        may_compute: Asked before each batch; False holds it back until `resume`.
     """
 
     def __init__(
-        self,
-        encoder: Encoder,
-        chunker: Chunker,
-        estimator: LimitEstimator,
-        assembler: Assembler,
-        *,
-        model_thread: WorkerThread,
-        max_rows: int | None = None,
-        may_compute: Callable[[], bool] = lambda: True,
+        self, encoder: Encoder, estimator: LimitEstimator, *, model_thread: WorkerThread, max_rows: int | None = None
     ) -> None:
-        self._chunker = chunker
+        self.encoder = encoder
+        self.model_thread = model_thread
         self._estimator = estimator
-        self._assembler = assembler
         self._heap = ChunkHeap()
+        self._lanes: dict[int, Lane] = {}
+        self._numbers = count()
+        self._ended: Exception | None = None
         self._consumer = Consumer(
             encoder,
             self._heap,
@@ -108,117 +57,118 @@ class Engine:
             worker=model_thread,
             on_embedded=self._embedded,
             on_failed=self._failed,
-            may_submit=may_compute,
+            on_settled=self._settled,
+            held=self._held,
+            is_wanted=self._is_wanted,
         )
-        self._tokenizer_thread = WorkerThread("asyncembed-tokenizer")
-        self._send, self._receive = anyio.create_memory_object_stream[Sequence[Submission]](0)
-        self._sinks: dict[int, Sink] = {}
-        self._owners = count()
-        self._room = asyncio.Event()
-        self._chunking = ChunkingStatistics()
-        self._scope = anyio.CancelScope()
 
     def __repr__(self) -> str:
-        return f"<Engine open={len(self._sinks)} {self._heap!r} {self._consumer!r}>"
+        return f"<Engine {list(self._lanes.values())!r} {self._heap!r} {self._consumer!r}>"
 
     def statistics(self) -> EngineStatistics:
-        """What was done and what waits."""
-        limit = current_limit(self._estimator)
+        """What was done and what waits, of all lanes."""
+        n_open = sum(map(len, self._lanes.values()))
         return EngineStatistics(
-            self._chunking, self._consumer.statistics, self._heap.statistics(), len(self._sinks), limit
+            self._consumer.statistics, self._heap.statistics(), n_open, current_limit(self._estimator)
         )
 
-    def new_owner(self) -> int:
-        """A number for a text, unique within this engine."""
-        return next(self._owners)
+    def open_lane(
+        self, chunk: ChunkTexts, assembler: Assembler, *, may_compute: Callable[[], bool] = lambda: True
+    ) -> Lane:
+        """A way in for one user of the engine, who has to `run` it.
 
-    async def submit(self, submissions: Sequence[Submission]) -> None:
-        """Hand texts over; waits while the window of chunks is full.
-
-        Cancelled while waiting, none of them was taken.
-
-        Raises:
-            ClosedError: The engine has ended; why is told by `run`.
+        Args:
+            chunk: Texts into chunks; called in a thread of the lane's own.
+            assembler: Puts vectors together.
+            may_compute: Asked before each batch; False holds back what came by this lane.
         """
-        try:
-            await self._send.send(submissions)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            raise ClosedError("the engine takes no more texts: it has ended") from None
+        number = next(self._numbers)
+        self._lanes[number] = lane = Lane(
+            number,
+            self._heap,
+            self._consumer,
+            self._estimator,
+            chunk,
+            assembler,
+            may_compute=may_compute,
+            on_ended=self._forget,
+        )
+        if self._ended is not None:
+            lane.fail(self._ended)
+        return lane
 
     def close(self) -> None:
-        """No more texts will come: `run` ends when all were given to their sinks. Idempotent."""
-        self._send.close()
-
-    def hasten(self, owner: int) -> None:
-        """Put a text's chunks into the next batch."""
-        if self._heap.hasten(owner):
-            self._consumer.notify()
-
-    def resume(self) -> None:
-        """`may_compute` may say otherwise now."""
-        self._consumer.wake()
-
-    def stop(self) -> None:
-        """Finish the batch in hand and end `run`; texts that are not done then never reach their sinks."""
-        self._scope.cancel()
-        self._consumer.drop_waiting()
+        """No more texts will come: `run` ends when all is done. Idempotent."""
         self._consumer.close()
 
+    @property
+    def ended(self) -> Exception | None:
+        """Why no lane can go on; None if they can."""
+        return self._ended
+
+    def break_lanes(self, error: Exception, *, but: Lane | None = None) -> None:
+        """The engine ends, while lanes are still open: their own `run` raises this, all but one's."""
+        self._ended = error
+        for lane in self._lanes.values():
+            if lane is not but:
+                lane.fail(error)
+
     async def run(self) -> None:
-        """Work until closed and done, or stopped.
+        """Work until closed and done.
 
         Raises:
             ModelError: The model or its device cannot go on.
         """
         try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._chunk_all, self._receive)
-                await self._consumer.run()
+            await self._consumer.run()
         finally:
-            self._sinks.clear()
-            self._assembler.clear()
             self._heap.clear()
-            self._send.close()
-            self._receive.close()
-            await self._tokenizer_thread.aclose()
 
-    async def _chunk_all(self, receive: MemoryObjectReceiveStream[Sequence[Submission]]) -> None:
-        with self._scope:
-            async for submissions in receive:
-                await self._wait_for_room()
-                texts = [(item.owner, item.text, item.priority) for item in submissions]
-                results = await self._tokenizer_thread.run(self._chunker.chunk, texts)
-                if self._scope.cancel_called:  # a call that had ended already is not interrupted
-                    break
-                for item, result in zip(submissions, results, strict=True):
-                    self._chunking.unknown_tokens += result.unknown_tokens
-                    if result.error is not None:
-                        item.sink(Assembled(item.owner, None, error=result.error))
-                        continue
-                    self._chunking.dropped_tokens += result.dropped_tokens
-                    self._sinks[item.owner] = item.sink
-                    self._assembler.expect(item.owner, len(result.chunks))
-                    self._heap.push(result.chunks)
-                self._consumer.notify()
-        self._consumer.close()
+    def _forget(self, lane: Lane) -> None:
+        self._lanes.pop(lane.number, None)
 
-    async def _wait_for_room(self) -> None:
-        while len(self._heap) >= WINDOW_CHUNKS or self._heap.n_tokens >= window_tokens(self._estimator):
-            self._room.clear()
-            await self._room.wait()
+    def _held(self) -> Collection[int]:
+        return [number for number, lane in self._lanes.items() if not lane.may_compute()]
+
+    def _is_wanted(self, chunk: Chunk) -> bool:
+        lane = self._lanes.get(lane_of(chunk.owner))
+        return lane is not None and lane.is_wanted(chunk.owner)
 
     def _embedded(self, batch: Batch, vectors: FloatMatrix) -> None:
-        for done in self._assembler.add(batch.chunks, vectors):
-            self._hand_over(done)
-        self._room.set()
+        rows: dict[int, list[int]] = {}
+        for row, chunk in enumerate(batch.chunks):
+            rows.setdefault(lane_of(chunk.owner), []).append(row)
+        for number, mine in rows.items():
+            lane = self._lanes.get(number)
+            if lane is None:
+                continue  # it ended while this batch was under way
+            if len(rows) == 1:
+                lane.embedded(batch.chunks, vectors)
+            else:
+                lane.embedded([batch.chunks[row] for row in mine], vectors[mine])
 
     def _failed(self, chunk: Chunk, reason: str) -> None:
-        done = self._assembler.fail(chunk.owner, reason)
-        if done is not None:
-            self._hand_over(done)
-        self._room.set()
+        lane = self._lanes.get(lane_of(chunk.owner))
+        if lane is not None:
+            lane.failed(chunk, reason)
 
-    def _hand_over(self, done: Assembled) -> None:
-        if done.error is not None:
-            self._heap.discard(done.owner)
-        self._sinks.pop(done.owner)(done)
+    def _settled(self) -> None:
+        for lane in self._lanes.values():
+            lane.wake_if_ending()
+
+
+class EngineHost(Protocol):
+    """Who owns an engine that others may use as well."""
+
+    @property
+    def options(self) -> EmbedOptions:
+        """What its model was loaded with."""
+        ...
+
+    async def engine(self) -> Engine:
+        """The engine, when the model is loaded.
+
+        Raises:
+            ClosedError: It has ended, or was never opened.
+        """
+        ...

@@ -9,9 +9,12 @@ AsyncEmbedError
 │   ├── StoreMismatchError        it was made with other weights or options
 │   ├── StoreLockedError          another job is writing to it
 │   └── CorruptRecordError        one of its files cannot be read back
+├── TextError                     a text of an app's request cannot be embedded
+├── OverloadedError               no room for a request that would not wait
+├── DeadlineError (TimeoutError)  a request took longer than it was given
 └── ClosedError                   used again after it ended
 
-A text that cannot be embedded is a *result* (a record with `error` set), never one of these.
+In a job a text that cannot be embedded is a *result* (a record with `error` set), never one of these.
 """
 
 from __future__ import annotations
@@ -53,5 +56,28 @@ class CorruptRecordError(StoreError):
     """A file of the folder is damaged: torn, empty, or not what its name says."""
 
 
+class TextError(AsyncEmbedError):
+    """A text of a request cannot be embedded.
+
+    Attributes:
+        index: Its position in the request.
+        reason: Why, for a person.
+    """
+
+    def __init__(self, index: int, text: str, reason: str) -> None:
+        shown = text if len(text) <= 60 else f"{text[:57]}..."
+        super().__init__(f"text {index} ({shown!r}) cannot be embedded: {reason}")
+        self.index = index
+        self.reason = reason
+
+
+class OverloadedError(AsyncEmbedError):
+    """There is no room for a request now, and it was not to wait."""
+
+
+class DeadlineError(AsyncEmbedError, TimeoutError):
+    """A request was not answered within its deadline; what was left of it is not computed."""
+
+
 class ClosedError(AsyncEmbedError):
-    """A stream or reader was used again after it had ended."""
+    """A stream, reader or embedder was used after it had ended, or ended while it was used."""

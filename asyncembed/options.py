@@ -16,6 +16,9 @@ DEFAULT_SAVE_PATH = "data"
 FILE_OPTIONS = ("input_format", "column", "header", "on_bad_row")
 """Options that only concern the reading of a file."""
 
+MODEL_OPTIONS = ("device", "backend", "dtype", "batch_size", "token_limit", "trust_remote_code")
+"""Options that are decided with the model: a job on an embedder's model cannot choose them anew."""
+
 Backend = Literal["auto", "torch", "openvino"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 LongTexts = Literal["average", "truncate", "error"]

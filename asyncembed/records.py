@@ -11,6 +11,14 @@ import numpy.typing as npt
 FloatVector = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int32]
 
+OWNERS_PER_LANE = 1 << 40
+"""Texts that a lane can number: the number of a text within an engine says which lane it came by."""
+
+
+def lane_of(owner: int) -> int:
+    """The lane that the text of this number came by: whose it is, where several share an engine."""
+    return owner // OWNERS_PER_LANE
+
 
 def text_id(text: str) -> str:
     """The name of a text: SHA-256 of its UTF-8 bytes in hex, 64 characters.
@@ -71,6 +79,7 @@ class Chunk:
         ids: Token ids with prompt and special tokens, shape `(length,)` int32: exactly a row of the model's input.
         n_tokens: Tokens without prompt and special tokens: the chunk's weight in the average.
         priority: Class of urgency; lower is sooner.
+        prompt: What stands before the piece in `ids`.
     """
 
     owner: int
@@ -80,6 +89,7 @@ class Chunk:
     ids: TokenIds
     n_tokens: int
     priority: int = 0
+    prompt: str = ""
 
     @property
     def length(self) -> int:

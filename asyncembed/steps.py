@@ -13,10 +13,10 @@ from asyncembed.assembly import Assembled, Assembler
 from asyncembed.chunking import Chunker
 from asyncembed.consumer import LimitEstimator, current_limit
 from asyncembed.encoders import Encoder, FailureKind, FloatMatrix, classify
-from asyncembed.engine import WINDOW_CHUNKS, window_tokens
 from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError
 from asyncembed.heap import ChunkHeap
 from asyncembed.job import Pending
+from asyncembed.lane import WINDOW_CHUNKS, window_tokens
 from asyncembed.records import Batch, Chunk, FloatVector, Rejected, Text, text_id
 from asyncembed.runner import ModelRunner
 from asyncembed.sinks import StoredText

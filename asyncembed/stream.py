@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import anyio
 
+from asyncembed.engine import EngineHost
 from asyncembed.errors import AsyncEmbedError, ClosedError, OptionsError
 from asyncembed.job import Job, JobParts, Pending
-from asyncembed.options import DEFAULT_MODEL, DEFAULT_SAVE_PATH, FILE_OPTIONS, EmbedOptions
+from asyncembed.options import DEFAULT_MODEL, DEFAULT_SAVE_PATH, FILE_OPTIONS, MODEL_OPTIONS, EmbedOptions
 from asyncembed.records import EmbeddedText, FloatVector
 from asyncembed.sources import check_source
 from asyncembed.summary import Summary
@@ -30,6 +31,7 @@ def embed_stream(
     *,
     model: Any = DEFAULT_MODEL,
     save_path: Any = DEFAULT_SAVE_PATH,
+    embedder: EngineHost | None = None,
     **options: Any,
 ) -> EmbedStream:
     """Embed a stream of texts.
@@ -43,19 +45,37 @@ def embed_stream(
         model: A name, a path, a `SentenceTransformer`, or an `Encoder`.
         save_path: Folder of one JSON file a text; texts it holds already are not computed again. None writes
             nothing.
+        embedder: An open `AsyncEmbedder`, whose model is used as well: its requests go first. The options about the
+            model are its own then; those about chunks, prompt and vectors are still this job's.
         **options: The other options of `EmbedOptions`.
 
     Returns:
         The job, not yet started.
 
     Raises:
-        OptionsError: An option is unknown or cannot be, or `texts` is a single `str` or no iterable.
+        OptionsError: An option is unknown or cannot be, `texts` is a single `str` or no iterable, or an option
+            about the model differs from the embedder's.
     """
     for name in FILE_OPTIONS:
         if name in options:
             raise OptionsError(f"{name} is about reading a file: pass it to read_texts, and its result to embed_stream")
+    if embedder is not None:
+        model, options = _options_beside(embedder.options, model, options)
     chosen = EmbedOptions.from_kwargs(model=model, save_path=save_path, **options)
-    return EmbedStream(texts, chosen, JobParts())
+    return EmbedStream(texts, chosen, JobParts(host=embedder))
+
+
+def _options_beside(theirs: EmbedOptions, model: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Model and options of a job on another's model: those about the model must be the other's, or left out."""
+    if model is not theirs.model and model not in (DEFAULT_MODEL, theirs.model):
+        raise OptionsError(f"model={model!r} is not the embedder's, which is {theirs.model!r}; leave it out")
+    fixed = {name: getattr(theirs, name) for name in MODEL_OPTIONS}
+    for name, value in fixed.items():
+        if options.get(name, value) != value:
+            raise OptionsError(
+                f"{name}={options[name]!r} is not the embedder's, which is {value!r}: one model serves both"
+            )
+    return theirs.model, {**options, **fixed}
 
 
 class EmbedStream:

@@ -3,5 +3,18 @@
 from asyncembed.encoders.base import Encoder, FloatMatrix, Tokenized, Tokenizer
 from asyncembed.encoders.failures import FailureKind, classify
 from asyncembed.encoders.loading import load_encoder
+from asyncembed.encoders.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, first_prompt_of, prompt_of
 
-__all__ = ["Encoder", "FailureKind", "FloatMatrix", "Tokenized", "Tokenizer", "classify", "load_encoder"]
+__all__ = [
+    "DOCUMENT_PROMPTS",
+    "QUERY_PROMPTS",
+    "Encoder",
+    "FailureKind",
+    "FloatMatrix",
+    "Tokenized",
+    "Tokenizer",
+    "classify",
+    "first_prompt_of",
+    "load_encoder",
+    "prompt_of",
+]

@@ -41,6 +41,7 @@ class OpenVinoEncoder:
         self.name = name
         self.dtype = dtype
         self.prompt = prompt
+        self.prompts: Mapping[str, str] = graph.facts.prompts
         self._facts = graph.facts
         self.dim = graph.facts.dim
         self.max_tokens = graph.facts.max_tokens

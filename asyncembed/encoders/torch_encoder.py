@@ -59,6 +59,7 @@ class TorchEncoder:
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.dim = _dim_of(model)
         self.prompt = _prompt_of(model, prompt, prompt_name)
+        self.prompts = {name: text or "" for name, text in model.prompts.items()}
         self._weights = weights
         self._tokenizer = model.tokenizer
         if self._tokenizer is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import anyio
@@ -13,16 +15,17 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from asyncembed.admission import AdmissionQueue
 from asyncembed.assembly import Assembler
-from asyncembed.chunking import Chunker
-from asyncembed.consumer import LimitEstimator
+from asyncembed.chunking import ChunkedText, Chunker
+from asyncembed.consumer import ConsumerStatistics, LimitEstimator
 from asyncembed.encoders import Encoder
-from asyncembed.engine import Engine
+from asyncembed.engine import Engine, EngineHost
 from asyncembed.errors import StoreError
 from asyncembed.job.delivery import Delivery
 from asyncembed.job.intake import Intake
 from asyncembed.job.loading import load_all
 from asyncembed.job.lookup import Lookup
 from asyncembed.job.pending import Pending
+from asyncembed.lane import BULK, Lane, Submission
 from asyncembed.limits import estimator_for
 from asyncembed.memory import MemoryBudget
 from asyncembed.options import EmbedOptions
@@ -47,6 +50,7 @@ class JobParts:
             earlier are not read back.
         on_loaded: Called on the event loop when the model is ready.
         on_progress: Called on the event loop after each micro-batch of results.
+        host: Whose engine to use as well; None for an engine of the job's own.
     """
 
     splitter: TextSplitter | None = None
@@ -54,6 +58,7 @@ class JobParts:
     want_results: bool = True
     on_loaded: Callable[[], None] | None = None
     on_progress: Callable[[], None] | None = None
+    host: EngineHost | None = None
 
 
 class Job:
@@ -98,10 +103,17 @@ class Job:
             settled=self._settled,
             on_progress=parts.on_progress,
         )
-        self._lookup = Lookup(self._store, want_vectors=parts.want_results, finished=self._delivery.put)
+        self._lookup = Lookup(
+            self._store,
+            want_vectors=parts.want_results,
+            finished=self._delivery.put,
+            priority=BULK if parts.host is not None else 0,
+        )
         self._model_thread = WorkerThread("asyncembed-model")
         self._stopping = anyio.CancelScope()
         self._engine: Engine | None = None
+        self._lane: Lane | None = None
+        self._before = ConsumerStatistics()
         self._ready_at: float | None = None
         self._saved_at: float | None = None
         self._has_baseline = False
@@ -121,8 +133,8 @@ class Job:
             return
         self.summary.stopped = True
         self._stopping.cancel()
-        if self._engine is not None:
-            self._engine.stop()
+        if self._lane is not None:
+            self._lane.stop()
 
     def release(self, pending: Pending) -> None:
         """A result was delivered: its reservation ends."""
@@ -137,12 +149,15 @@ class Job:
     def measure(self) -> Summary:
         """The summary with all numbers as they are now."""
         summary = self.summary
-        if self._engine is not None:
-            done = self._engine.statistics()
-            summary.dropped_tokens = done.chunking.dropped_tokens
-            summary.unknown_tokens = done.chunking.unknown_tokens
-            summary.batches, summary.ooms = done.consumer.batches, done.consumer.ooms
-            useful, padded = done.consumer.row_tokens, done.consumer.padded_tokens
+        if self._engine is not None and self._lane is not None:
+            done, before = self._engine.statistics(), self._before
+            summary.dropped_tokens = self._lane.chunking.dropped_tokens
+            summary.unknown_tokens = self._lane.chunking.unknown_tokens
+            # Of a shared engine these are the batches while the job runs, whoever's rows are in them.
+            summary.batches = done.consumer.batches - before.batches
+            summary.ooms = done.consumer.ooms - before.ooms
+            useful = done.consumer.row_tokens - before.row_tokens
+            padded = done.consumer.padded_tokens - before.padded_tokens
             summary.padding = round((padded - useful) / useful, 4) if useful else 0.0
             summary.token_limit = done.token_limit
         summary.total_seconds = round(process_seconds(), 3)
@@ -201,7 +216,16 @@ class Job:
             self.measure()
 
     async def _load(self, recorded: Mapping[str, Any]) -> tuple[Encoder, Chunker, dict[str, Any]]:
-        loaded = await self._model_thread.run(load_all, self._options, self._parts.splitter, recorded)
+        thread, encoder = self._model_thread, None
+        if self._parts.host is not None:
+            self._engine = await self._parts.host.engine()
+            thread, encoder = self._engine.model_thread, self._engine.encoder
+        try:
+            loaded = await thread.run(load_all, self._options, self._parts.splitter, recorded, encoder)
+        except (asyncio.CancelledError, RuntimeError):
+            if self._engine is not None and self._engine.ended is not None:  # its thread was closed under our call
+                raise self._engine.ended from None
+            raise
         encoder = loaded[0]
         self.summary.model, self.summary.device = encoder.name, encoder.device
         self.summary.backend, self.summary.dtype = encoder.backend, encoder.dtype
@@ -209,45 +233,46 @@ class Job:
 
     async def _run_stages(self, encoder: Encoder, chunker: Chunker) -> None:
         options = self._options
-        estimator = self._parts.estimator or estimator_for(encoder.device, options.token_limit)
-        assembler = Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim)
-        engine = Engine(
-            encoder,
-            chunker,
-            estimator,
-            assembler,
-            model_thread=self._model_thread,
-            max_rows=options.batch_size,
+        if self._engine is None:
+            estimator = self._parts.estimator or estimator_for(encoder.device, options.token_limit)
+            self._engine = Engine(encoder, estimator, model_thread=self._model_thread, max_rows=options.batch_size)
+        self._before = replace(self._engine.statistics().consumer)
+        self._lane = lane = self._engine.open_lane(
+            partial(_chunk, chunker),
+            Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim),
             may_compute=lambda: self._delivery.has_room,
         )
-        self._engine = engine
         self._budget.set_baseline(self.admission.statistics().reserved_bytes)
         self._ready_at = time.perf_counter()
         if self._parts.on_loaded is not None:
             self._parts.on_loaded()
         if self.summary.stopped:
-            engine.stop()
+            lane.stop()
         async with anyio.create_task_group() as group:
-            group.start_soon(self._admit_and_look_up, engine, encoder.dim, chunker.chunk_size)
+            if self._parts.host is None:
+                group.start_soon(self._engine.run)
+            group.start_soon(self._admit_and_look_up, lane, encoder.dim, chunker.chunk_size)
             group.start_soon(self._delivery.run)
-            await engine.run()
+            await lane.run()
+            if self._parts.host is None:
+                self._engine.close()
             self._delivery.close()
         self._is_over, self._saved_at = True, time.perf_counter()
         if self._intake.error is None and not self._intake.reached_end and not self.summary.stopped:
             raise AssertionError("the stages ended before their source did: this is a bug")
         self.measure()
 
-    async def _admit_and_look_up(self, engine: Engine, dim: int, chunk_size: int) -> None:
+    async def _admit_and_look_up(self, lane: Lane, dim: int, chunk_size: int) -> None:
         """The stages before the engine: they end with the source, or at once when the job is stopped."""
         send, receive = anyio.create_memory_object_stream[list[Pending]](0)
         try:
             with self._stopping, send, receive:
                 async with anyio.create_task_group() as group:
-                    group.start_soon(self._lookup.run, receive, engine)
+                    group.start_soon(self._lookup.run, receive, lane)
                     await self._intake.run(send, dim, chunk_size, self._options.chunk_overlap)
                     send.close()
         finally:
-            engine.close()
+            lane.close()
 
     async def _save_skipped(self, rows: list[tuple[str | None, Rejected]]) -> None:
         if self._store is not None:
@@ -255,8 +280,8 @@ class Job:
 
     def _settled(self, group: Sequence[Pending]) -> None:
         self._lookup.settled(group)
-        if self._engine is not None:
-            self._engine.resume()
+        if self._lane is not None:
+            self._lane.resume()
         has_run = self._engine is not None and self._engine.statistics().consumer.batches > 0
         if has_run and not self._has_baseline:  # the first batch has run: what the model keeps for itself is not growth
             self._has_baseline = True
@@ -273,8 +298,12 @@ class Job:
     def _hasten_head(self) -> None:
         """The budget is full: bring the text that ordered delivery waits for into the next batch."""
         head = self._delivery.head
-        if head is None or self._engine is None:
+        if head is None or self._lane is None:
             return
         pending = self._intake.in_flight.get(head)
         if pending is not None and pending.owner is not None:
-            self._engine.hasten(pending.owner)
+            self._lane.hasten(pending.owner)
+
+
+def _chunk(chunker: Chunker, submissions: Sequence[Submission]) -> Sequence[ChunkedText]:
+    return chunker.chunk([(item.owner, item.text, item.priority) for item in submissions])

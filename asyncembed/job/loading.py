@@ -7,14 +7,14 @@ from contextlib import suppress
 from typing import Any
 
 from asyncembed.chunking import Chunker
-from asyncembed.encoders import Encoder, load_encoder
+from asyncembed.encoders import Encoder, load_encoder, prompt_of
 from asyncembed.errors import OptionsError
 from asyncembed.options import EmbedOptions
 from asyncembed.splitting import TextSplitter
 
 
 def load_all(
-    options: EmbedOptions, splitter: TextSplitter | None, recorded: Mapping[str, Any]
+    options: EmbedOptions, splitter: TextSplitter | None, recorded: Mapping[str, Any], loaded: Encoder | None = None
 ) -> tuple[Encoder, Chunker, dict[str, Any]]:
     """The model, its chunker and their fingerprint (empty if nothing is saved). Blocking, takes seconds.
 
@@ -22,13 +22,18 @@ def load_all(
         options: What the user chose.
         splitter: Splits long texts; None for the default.
         recorded: The folder's fingerprint, or nothing: what the user left open is taken from it.
+        loaded: The model, if it is loaded already.
 
     Raises:
         OptionsError: An option does not go with the model.
         ModelError: The model cannot be loaded.
     """
-    encoder = load_encoder(options, dtype=recorded.get("dtype"))
-    chunker = load_chunker(encoder, options, splitter=splitter, recorded=recorded)
+    if loaded is None:
+        encoder = load_encoder(options, dtype=recorded.get("dtype"))
+        prompt = encoder.prompt
+    else:
+        encoder, prompt = loaded, prompt_of(loaded, options.prompt, options.prompt_name)
+    chunker = load_chunker(encoder, options, prompt=prompt, splitter=splitter, recorded=recorded)
     return encoder, chunker, run_fingerprint(encoder, chunker, options) if options.folder is not None else {}
 
 
@@ -36,10 +41,11 @@ def load_chunker(
     encoder: Encoder,
     options: EmbedOptions,
     *,
+    prompt: str | None = None,
     splitter: TextSplitter | None = None,
     recorded: Mapping[str, Any] | None = None,
 ) -> Chunker:
-    """A chunker for the model, with a tokenizer of its own.
+    """A chunker for the model, with a tokenizer of its own; `prompt` overrides the encoder's.
 
     Raises:
         OptionsError: The prompt or `chunk_size` does not go with the model.
@@ -50,7 +56,7 @@ def load_chunker(
         return Chunker(
             tokenizer,
             encoder.max_tokens,
-            prompt=encoder.prompt,
+            prompt=encoder.prompt if prompt is None else prompt,
             chunk_size=chunk_size,
             chunk_overlap=options.chunk_overlap,
             long_texts=options.long_texts,
@@ -69,7 +75,7 @@ def run_fingerprint(encoder: Encoder, chunker: Chunker, options: EmbedOptions) -
     return {
         **encoder.fingerprint(),
         **chunker.fingerprint(),
-        "prompt": encoder.prompt,
+        "prompt": chunker.prompt,
         "normalize_embeddings": options.normalize_embeddings,
         "dim": min(encoder.dim, options.truncate_dim or encoder.dim),
     }

@@ -8,9 +8,9 @@ from functools import partial
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from asyncembed.assembly import Assembled
-from asyncembed.engine import Engine, Submission
 from asyncembed.errors import ClosedError, CorruptRecordError
 from asyncembed.job.pending import Pending
+from asyncembed.lane import Lane, Submission
 from asyncembed.records import Rejected, text_id
 from asyncembed.sinks import JsonStore
 from asyncembed.threads import WorkerThread
@@ -26,10 +26,14 @@ class Lookup:
         store: Where results are saved; None if nowhere.
         want_vectors: Whether saved vectors are read back.
         finished: Receives each text that has its result.
+        priority: Class of urgency within the engine.
     """
 
-    def __init__(self, store: JsonStore | None, *, want_vectors: bool, finished: Callable[[Pending], None]) -> None:
+    def __init__(
+        self, store: JsonStore | None, *, want_vectors: bool, finished: Callable[[Pending], None], priority: int = 0
+    ) -> None:
         self._store = store
+        self._priority = priority
         self._want_vectors = want_vectors
         self._finished = finished
         self._leaders: dict[str, Pending] = {}
@@ -39,7 +43,7 @@ class Lookup:
     def __repr__(self) -> str:
         return f"<Lookup under_way={len(self._leaders)}>"
 
-    async def run(self, admitted: MemoryObjectReceiveStream[list[Pending]], engine: Engine) -> None:
+    async def run(self, admitted: MemoryObjectReceiveStream[list[Pending]], lane: Lane) -> None:
         """Look up all that is admitted, to the end of the stream."""
         async for group in admitted:
             self._settled_meanwhile.clear()
@@ -49,7 +53,7 @@ class Lookup:
                 new += await self._read_saved(saved)
             if new:
                 try:
-                    await engine.submit([self._submission(pending, engine) for pending in new])
+                    await lane.submit([self._submission(pending, lane) for pending in new])
                 except ClosedError:
                     return  # it failed or was stopped, and says so itself
 
@@ -136,9 +140,9 @@ class Lookup:
                 self._follow(leader, pending)
         return damaged
 
-    def _submission(self, pending: Pending, engine: Engine) -> Submission:
-        pending.owner = engine.new_owner()
-        return Submission(pending.owner, pending.text, partial(self._computed, pending))
+    def _submission(self, pending: Pending, lane: Lane) -> Submission:
+        pending.owner = lane.new_owner()
+        return Submission(pending.owner, pending.text, partial(self._computed, pending), self._priority)
 
     def _computed(self, pending: Pending, result: Assembled) -> None:
         pending.result = result

@@ -39,6 +39,7 @@ class Bench:
         self.worker = WorkerThread("core-model")
         self.embedded: list[Chunk] = []
         self.failed: dict[int, str] = {}
+        self.wanted: set[int] | None = None
         self._changed = asyncio.Event()
         self.consumer = Consumer(
             encoder,
@@ -48,6 +49,7 @@ class Bench:
             worker=self.worker,
             on_embedded=self._embedded,
             on_failed=self._failed,
+            is_wanted=lambda item: self.wanted is None or item.owner in self.wanted,
         )
 
     def _embedded(self, batch: Batch, vectors: FloatMatrix) -> None:
@@ -428,13 +430,15 @@ async def test_run_cancelled_batch_in_hand_runs_to_its_end_and_what_waits_is_dro
 
 
 @pytest.mark.parametrize("slots", [1, 2])
-async def test_drop_waiting_only_what_has_begun_is_finished(slots: int) -> None:
+async def test_drop_unwanted_only_what_has_begun_is_finished(slots: int) -> None:
     step = Step()
     bench = Bench(FakeEncoder(slots=slots, on_start=step), TokenLimitEstimator(10))
     bench.heap.push(chunks([10] * 20))
     running = asyncio.ensure_future(bench.consumer.run())
     first = await step.begun()
-    bench.consumer.drop_waiting()
+    bench.heap.clear()
+    bench.wanted = set()
+    bench.consumer.drop_unwanted()
     bench.consumer.close()
     step.let_go(1000)
     await running
@@ -459,20 +463,21 @@ async def test_notify_ready_batch_with_room_is_chosen_anew() -> None:
     assert [owners(batch) for batch in bench.encoder.started[1:]] == [{50, 60}]
 
 
-async def test_notify_full_ready_batch_stays() -> None:
+@pytest.mark.parametrize(("arriving", "then"), [(1, [{50, 51}, {60}]), (0, [{60}, {50, 51}])], ids=["as", "more"])
+async def test_notify_full_ready_batch_stays_but_for_what_is_more_urgent(arriving: int, then: list[set[int]]) -> None:
     step = Step()
     bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(40))
     bench.heap.push(chunks([10] * 4))
     bench.heap.push([chunk(20, owner=50 + number, priority=1) for number in range(2)])
     running = asyncio.ensure_future(bench.consumer.run())
     await step.begun()
-    bench.heap.push([chunk(20, owner=60, priority=0)])
+    bench.heap.push([chunk(21 if arriving else 19, owner=60, priority=arriving)])
     bench.consumer.notify()
     bench.consumer.close()
     step.let_go(1000)
     await running
     await bench.worker.aclose()
-    assert [owners(batch) for batch in bench.encoder.started[1:]] == [{50, 51}, {60}]
+    assert [owners(batch) for batch in bench.encoder.started[1:]] == then
 
 
 async def test_notify_rows_at_their_cap_make_a_batch_full() -> None:
@@ -481,7 +486,7 @@ async def test_notify_rows_at_their_cap_make_a_batch_full() -> None:
     bench.heap.push(chunks([10] * 4))
     running = asyncio.ensure_future(bench.consumer.run())
     first = await step.begun()
-    bench.heap.push([chunk(10, owner=60, priority=-1)])
+    bench.heap.push([chunk(10, owner=60)])
     bench.consumer.notify()
     bench.consumer.close()
     step.let_go(1000)

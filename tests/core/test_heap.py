@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from asyncembed.engine import WINDOW_BATCHES, WINDOW_CHUNKS
-from asyncembed.heap import BATCH_OVERHEAD, ChunkHeap, best_run, last_run
-from asyncembed.records import Batch, Chunk
+from asyncembed.heap import BATCH_OVERHEAD, FORCED_EVERY, ChunkHeap, best_run, last_run
+from asyncembed.lane import WINDOW_BATCHES, WINDOW_CHUNKS
+from asyncembed.records import OWNERS_PER_LANE, Batch, Chunk, lane_of
 
 from .fakes import chunk, chunks
 
@@ -205,11 +205,13 @@ def longest_wait(rounds: list[list[tuple[int, int]]], window: int, limit: int, m
 def test_take_while_chunks_keep_arriving_every_wait_is_bounded(
     data: st.DataObject, limit: int, max_age: int, window: int
 ) -> None:
-    """At most `max_age` batches for each class, and then one for each chunk that stood in the window before it."""
+    """At most `max_age` batches for each class, and then one for each chunk that stood in the window before it; a class
+    that is not the most urgent is given one batch in so many."""
     kinds = data.draw(st.lists(st.tuples(st.integers(1, 100), st.integers(0, 2)), min_size=1, max_size=6))
     rounds = data.draw(st.lists(st.lists(st.sampled_from(kinds), max_size=30), min_size=20, max_size=120))
     n_classes = len({priority for _, priority in kinds})
-    assert longest_wait(rounds, window, limit, max_age) <= max_age * n_classes + window
+    one_in = FORCED_EVERY if n_classes > 1 else 1
+    assert longest_wait(rounds, window, limit, max_age) <= max_age * n_classes + one_in * (window + 1)
 
 
 @pytest.mark.parametrize("flood", [(5, 0), (60, 0), (10, 1), (10, 0)], ids=["shorter", "longer", "later", "urgent"])
@@ -272,13 +274,104 @@ def test_hasten_unknown_text_is_false() -> None:
 
 def test_take_urgent_class_goes_first_and_is_filled_up_without_padding() -> None:
     heap = ChunkHeap()
-    heap.push(chunks([10, 19, 20, 20, 21, 40], priority=1))
-    heap.push([chunk(20, owner=100, priority=0)])
+    heap.push(chunks([10, 19, 20, 21, 40], priority=1))
+    heap.push([chunk(20, owner=100 + number, priority=0) for number in range(2)])
     batch = heap.take(80)
     assert batch is not None
     assert sorted(item.length for item in batch.chunks) == [19, 20, 20, 20]  # not 21: that would pad the urgent one
     assert 100 in {item.owner for item in batch.chunks}
     assert batch.longest == 20
+
+
+def test_take_urgent_class_is_filled_up_with_no_more_rows_than_it_has() -> None:
+    heap = ChunkHeap()
+    heap.push(chunks([20] * 50, priority=1))
+    heap.push([chunk(20, owner=100 + number, priority=0) for number in range(3)])
+    batch = heap.take(1000)
+    assert batch is not None
+    assert sorted(item.priority for item in batch.chunks) == [0, 0, 0, 1, 1, 1]
+
+
+# --- lanes ---
+
+LANE = OWNERS_PER_LANE
+
+
+def lanes_of(batch: Batch | None) -> Counter[int]:
+    assert batch is not None
+    return Counter(lane_of(item.owner) for item in batch.chunks)
+
+
+def test_take_lanes_of_one_class_take_turns() -> None:
+    heap = ChunkHeap()
+    heap.push([chunk(20, owner=lane * LANE + number) for lane in range(3) for number in range(20)])
+    assert [max(lanes_of(heap.take(80))) for _ in range(6)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_take_lanes_of_one_class_fill_each_others_batches() -> None:
+    heap = ChunkHeap()
+    heap.push([chunk(20, owner=lane * LANE) for lane in range(4)])
+    assert lanes_of(heap.take(80)) == Counter(range(4))
+
+
+def test_take_held_lane_stays_also_where_it_would_fill_a_batch() -> None:
+    heap = ChunkHeap()
+    heap.push([chunk(20, owner=0), chunk(20, owner=LANE)])
+    assert lanes_of(heap.take(80, held={1})) == Counter({0: 1})
+    assert heap.take(80, held={1}) is None
+    assert heap.most_urgent(held={1}) is None
+    assert heap.most_urgent() == 0
+    assert lanes_of(heap.take(80)) == Counter({1: 1})
+
+
+def test_drain_of_one_lane_leaves_the_choice_for_others() -> None:
+    heap = ChunkHeap()
+    lengths = [*[20] * 20, 59]
+    heap.push(chunk(length, owner=lane * LANE + row) for lane in range(2) for row, length in enumerate(lengths))
+    heap.drain(1)
+    of_open, of_drained = heap.take(200), heap.take(200)
+    assert of_open is not None
+    assert of_drained is not None
+    assert of_open.longest == 20
+    assert of_drained.longest == 59  # from the longest down: it matters what is left
+
+
+def test_discard_lane_leaves_the_others() -> None:
+    heap = ChunkHeap()
+    heap.push(chunk(20, owner=lane * LANE + number) for lane in range(3) for number in range(5))
+    heap.discard_lane(1)
+    assert (len(heap), heap.n_tokens) == (10, 200)
+    assert heap.lane_statistics(1) == (0, 0)
+    assert heap.lane_statistics(2) == (5, 100)
+    assert {lane for batch in drain(heap, 1000) for lane in lanes_of(batch)} == {0, 2}
+
+
+def test_reprioritise_moves_all_chunks_of_a_text() -> None:
+    heap = ChunkHeap()
+    heap.push(chunks([20] * 50, priority=5))
+    heap.push([chunk(30, owner=77, ordinal=number, priority=5) for number in range(2)])
+    assert heap.reprioritise(77, 1) == 2
+    assert heap.most_urgent() == 1
+    assert heap.n_tokens == 50 * 20 + 60
+    batch = heap.take(60)
+    assert batch is not None
+    assert [(item.owner, item.priority) for item in batch.chunks] == [(77, 1)] * 2
+
+
+def test_take_old_window_of_a_later_class_does_not_shut_out_the_urgent_one() -> None:
+    """In a flood a whole window of bulk grows old together: it then gets one batch in four, and no row of blocks."""
+    heap = ChunkHeap(max_age=8)
+    heap.push(chunks([20] * 40, priority=1))
+    served = []
+    for _ in range(100):
+        heap.push(chunks([37] * 4))
+        batch = heap.take(80)
+        assert batch is not None
+        served.append(batch.longest == 20)
+    assert served.count(True) == 10
+    first = served.index(True)
+    assert first <= 2 * 8
+    assert served[first : first + 4 * 10 : FORCED_EVERY] == [True] * 10
 
 
 def test_take_full_urgent_class_takes_no_other() -> None:

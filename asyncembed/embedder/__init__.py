@@ -1,0 +1,5 @@
+"""One model inside an async app: many small concurrent requests share its batches."""
+
+from asyncembed.embedder.embedder import AsyncEmbedder, EmbedderStatistics
+
+__all__ = ["AsyncEmbedder", "EmbedderStatistics"]

@@ -1,0 +1,247 @@
+"""Who asked for which text: requests, the texts they share, and what each has reserved. On the event loop only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from asyncembed.admission import AdmissionQueue, life_bytes
+from asyncembed.assembly import Assembled
+from asyncembed.embedder.cache import Answer, AnswerCache, Key
+from asyncembed.encoders import FloatMatrix
+from asyncembed.errors import OverloadedError, TextError
+from asyncembed.lane import INTERACTIVE, Lane, Submission
+
+
+class Request:
+    """One call of an app.
+
+    Args:
+        texts: What to embed.
+        prompt: Put before each.
+        priority: Class of urgency.
+        dim: Dimensions of a vector.
+        keep_errors: Whether a text that fails is kept in `errors`; if not, it fails the request.
+        shape: What the caller gets, made of the request when all is there.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        prompt: str,
+        priority: int,
+        dim: int,
+        *,
+        keep_errors: bool,
+        shape: Callable[[Request], Any],
+    ) -> None:
+        self.texts = texts
+        self.prompt = prompt
+        self.priority = priority
+        self.vectors: FloatMatrix = np.empty((len(texts), dim), np.float32)
+        self.n_tokens = [0] * len(texts)
+        self.errors: dict[int, str] = {}
+        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.open: dict[int, tuple[_Work, int]] = {}
+        self._keep_errors = keep_errors
+        self._shape = shape
+        self._missing = len(texts)
+        if not texts:
+            self.future.set_result(shape(self))
+
+    def answer(self, index: int, answer: Answer) -> None:
+        """What became of one of the texts."""
+        if self.future.done():
+            return
+        if answer.embedding is not None:
+            self.vectors[index] = answer.embedding
+            self.n_tokens[index] = answer.n_tokens
+        elif self._keep_errors:
+            self.errors[index] = answer.error or "it has no vector"
+        else:
+            self.fail(TextError(index, self.texts[index], answer.error or "it has no vector"))
+            return
+        self._missing -= 1
+        if not self._missing:
+            self.future.set_result(self._shape(self))
+
+    def fail(self, error: Exception) -> None:
+        """The request ends in an error."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class _Work:
+    """A text that is computed, for all requests that wait for it."""
+
+    def __init__(self, key: Key, owner: int, priority: int) -> None:
+        self.key = key
+        self.owner = owner
+        self.priority = priority
+        self.waiters: dict[tuple[Request, int], None] = {}
+
+
+class Desk:
+    """Takes requests' texts in while there is room, has each computed once, and answers all who wait for it.
+
+    Half of the budget is kept for the interactive class, so that a long list of another never stands in its way.
+
+    Args:
+        lane: The way into the engine.
+        dim: Dimensions of a vector of the model.
+        chunk_size: Tokens of a chunk.
+        chunk_overlap: Tokens that neighbouring chunks share.
+        max_bytes: What all texts under way may take.
+        cache_bytes: What is kept of answers.
+    """
+
+    def __init__(
+        self, lane: Lane, dim: int, chunk_size: int, chunk_overlap: int, *, max_bytes: int, cache_bytes: int
+    ) -> None:
+        self.cache = AnswerCache(cache_bytes)
+        self.urgent = AdmissionQueue(max(1, max_bytes - max_bytes // 2))
+        self.later = AdmissionQueue(max(1, max_bytes // 2))
+        self.n_requests = 0
+        self.n_texts = 0
+        self._lane = lane
+        self._life = (dim, chunk_size, chunk_overlap)
+        self._works: dict[Key, _Work] = {}
+        self._requests: set[Request] = set()
+        self._new: list[Submission] = []
+        self._idle = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Desk requests={len(self._requests)} texts={len(self._works)}>"
+
+    @property
+    def n_pending(self) -> int:
+        """Requests that have no answer yet, those that wait for room included."""
+        return len(self._requests)
+
+    def open(self, request: Request) -> None:
+        """A request begins: it ends in `leave`."""
+        self.n_requests += 1
+        self._requests.add(request)
+
+    def leave(self, request: Request) -> None:
+        """The request has its answer, or nobody waits for it: what only it wanted is dropped. Idempotent."""
+        self._requests.discard(request)
+        for index in list(request.open):
+            work, _ = request.open[index]
+            self._release(request, index)
+            work.waiters.pop((request, index), None)
+            if not work.waiters and self._works.get(work.key) is work:
+                del self._works[work.key]
+                self._lane.discard(work.owner)
+        if request.future.done():
+            if not request.future.cancelled():
+                request.future.exception()  # told to its caller, or to nobody: not to the loop's log
+        else:
+            request.future.cancel()
+        if not self._requests:
+            self._idle.set()
+
+    async def admit(self, request: Request) -> None:
+        """Take the request's texts in, in pieces, as room comes. Cancelled, those that are in are left to `leave`."""
+        queue = self._queue(request)
+        for index, text in enumerate(request.texts):
+            n_bytes = life_bytes(text, *self._life)
+            if not queue.reserve_nowait(n_bytes):
+                self.submit()  # those before it must go on, or the room would never come
+                await queue.reserve(n_bytes)
+            if request.future.done():  # one of its texts failed, or the embedder ends
+                queue.release(n_bytes)
+                break
+            self._add(request, index, n_bytes)
+            if not (index + 1) % 256:
+                self.submit()
+                await _next_turn()
+        self.submit()
+
+    def admit_nowait(self, request: Request) -> None:
+        """Take all texts in at once, or none.
+
+        Raises:
+            OverloadedError: There is no room.
+        """
+        queue, reserved = self._queue(request), list[int]()
+        for text in request.texts:
+            n_bytes = life_bytes(text, *self._life)
+            if not queue.reserve_nowait(n_bytes):
+                for taken in reserved:
+                    queue.release(taken)
+                now = queue.statistics()
+                raise OverloadedError(
+                    f"no room for {len(request.texts)} texts: {now.n_in_flight} with {now.reserved_bytes} of "
+                    f"{now.max_bytes} bytes are under way and {now.n_waiting} wait. Try again later, await embed(), "
+                    "which waits, or raise max_pending_bytes"
+                )
+            reserved.append(n_bytes)
+        for index, n_bytes in enumerate(reserved):
+            self._add(request, index, n_bytes)
+        self.submit()
+
+    def submit(self) -> None:
+        """Hand what was added to the engine."""
+        if self._new:
+            new, self._new = self._new, []
+            self._lane.submit_nowait(new)
+
+    def fail_all(self, make: Callable[[], Exception]) -> None:
+        """Every request that waits gets an error of its own."""
+        for request in list(self._requests):
+            request.fail(make())
+
+    async def wait_idle(self) -> None:
+        """Wait until no request is left."""
+        while self._requests:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def _queue(self, request: Request) -> AdmissionQueue:
+        return self.urgent if request.priority <= INTERACTIVE else self.later
+
+    def _add(self, request: Request, index: int, n_bytes: int) -> None:
+        """A text that has room: answered from the cache, joined to one under way, or new."""
+        self.n_texts += 1
+        key = (request.prompt, request.texts[index])
+        known = self.cache.get(key)
+        if known is not None:
+            self._queue(request).release(n_bytes)
+            request.answer(index, known)
+            return
+        work = self._works.get(key)
+        if work is None:
+            work = self._works[key] = _Work(key, self._lane.new_owner(), request.priority)
+            sink = partial(self._computed, work)
+            self._new.append(Submission(work.owner, key[1], sink, request.priority, request.prompt))
+        elif request.priority < work.priority:
+            work.priority = request.priority
+            self.submit()
+            self._lane.raise_priority(work.owner, request.priority)
+        work.waiters[request, index] = None
+        request.open[index] = (work, n_bytes)
+
+    def _computed(self, work: _Work, done: Assembled) -> None:
+        if self._works.get(work.key) is work:
+            del self._works[work.key]
+        answer = Answer(done.embedding, done.n_tokens, done.error)
+        self.cache.put(work.key, answer)
+        for request, index in work.waiters:
+            self._release(request, index)
+            request.answer(index, answer)
+
+    def _release(self, request: Request, index: int) -> None:
+        _, n_bytes = request.open.pop(index)
+        self._queue(request).release(n_bytes)
+
+
+async def _next_turn() -> None:
+    """Let the other tasks of the loop have a turn."""
+    turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(lambda: None if turn.done() else turn.set_result(None))
+    await turn

@@ -1,0 +1,320 @@
+"""A lane: one user's own way into a shared engine, with its chunking, its averages and its texts.
+
+A job has a lane and so have an app's requests. What a lane does ends with it: stopped, cancelled or full, it takes
+nothing of the others with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import NamedTuple
+
+from asyncembed.assembly import Assembled, Assembler
+from asyncembed.chunking import ChunkedText
+from asyncembed.consumer import Consumer, LimitEstimator, current_limit
+from asyncembed.encoders.base import FloatMatrix
+from asyncembed.errors import ClosedError
+from asyncembed.heap import ChunkHeap
+from asyncembed.records import OWNERS_PER_LANE, Chunk, lane_of
+from asyncembed.threads import WorkerThread
+
+WINDOW_BATCHES = 32
+"""Depth of a lane's window: see `heap` for what it buys. At 16,384 tokens a batch it is 2 MB of ids."""
+
+WINDOW_CHUNKS = 20_000
+"""Most chunks in the window, so that a choice stays under a millisecond."""
+
+CALL_TEXTS = 256
+CALL_CHARS = 1 << 18
+"""Most texts and characters of one call of the tokenizer: what is more urgent goes between two calls."""
+
+INTERACTIVE = 0
+BULK = 10
+"""Classes of urgency: somebody waits for it, or a job that is in no hurry."""
+
+Sink = Callable[[Assembled], None]
+
+
+class Submission(NamedTuple):
+    """A text for the engine.
+
+    Attributes:
+        owner: Its number, from `Lane.new_owner`.
+        text: The text.
+        sink: Called on the event loop with what became of it.
+        priority: Class of urgency; lower is sooner.
+        prompt: Put before every chunk, where the lane chunks by prompt.
+    """
+
+    owner: int
+    text: str
+    sink: Sink
+    priority: int = 0
+    prompt: str = ""
+
+
+ChunkTexts = Callable[[Sequence[Submission]], Sequence[ChunkedText]]
+
+
+@dataclass(slots=True)
+class ChunkingStatistics:
+    """Totals since the start; tokens without prompt and special tokens."""
+
+    dropped_tokens: int = 0
+    unknown_tokens: int = 0
+
+
+def window_tokens(estimator: LimitEstimator) -> int:
+    """Tokens that may wait in a lane's window before no more texts are chunked."""
+    return WINDOW_BATCHES * current_limit(estimator)
+
+
+class Lane:
+    """Opened by `Engine.open_lane`; `run` works until it is closed and done.
+
+    Args:
+        number: Its number within the engine.
+        heap: Where chunks wait.
+        consumer: What takes them from there.
+        estimator: The limit of a batch.
+        chunk: Texts into chunks, called in a thread of the lane's own.
+        assembler: Puts vectors together.
+        may_compute: Asked before each batch; False holds this lane's chunks back until `resume`.
+        on_ended: Called when `run` has ended.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        heap: ChunkHeap,
+        consumer: Consumer,
+        estimator: LimitEstimator,
+        chunk: ChunkTexts,
+        assembler: Assembler,
+        *,
+        may_compute: Callable[[], bool],
+        on_ended: Callable[[Lane], None],
+    ) -> None:
+        self.number = number
+        self.may_compute = may_compute
+        self.chunking = ChunkingStatistics()
+        self._heap = heap
+        self._consumer = consumer
+        self._estimator = estimator
+        self._chunk = chunk
+        self._on_ended = on_ended
+        self._owners = count(number * OWNERS_PER_LANE)
+        self._assembler = assembler
+        self._thread = WorkerThread("asyncembed-tokenizer")
+        self._intake: dict[int, dict[int, Submission]] = {}
+        self._open: dict[int, Submission] = {}
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+        self._error: Exception | None = None
+        self._closed = False
+        self._stopped = False
+
+    def __repr__(self) -> str:
+        state = " stopped" if self._stopped else " closed" if self._closed else ""
+        return f"<Lane {self.number} open={len(self._open)}{state}>"
+
+    def __len__(self) -> int:
+        """Texts handed over that have not reached their sinks."""
+        return len(self._open)
+
+    def new_owner(self) -> int:
+        """A number for a text, unique within the engine."""
+        return next(self._owners)
+
+    async def submit(self, submissions: Sequence[Submission]) -> None:
+        """Hand texts over; waits while the window of chunks is full.
+
+        Cancelled while waiting, none of them was taken.
+
+        Raises:
+            ClosedError: The lane has ended; why is told by `run`.
+        """
+        while not self._closed and (self._intake or self._is_full()):
+            self._room.clear()
+            await self._room.wait()
+        self.submit_nowait(submissions)
+
+    def submit_nowait(self, submissions: Sequence[Submission]) -> None:
+        """Hand texts over, however many wait.
+
+        Raises:
+            ClosedError: The lane has ended; why is told by `run`.
+        """
+        if self._closed:
+            raise ClosedError("the engine takes no more texts: it has ended")
+        for item in submissions:
+            self._open[item.owner] = item
+            self._intake.setdefault(item.priority, {})[item.owner] = item
+        self._changed.set()
+
+    def close(self) -> None:
+        """No more texts will come: `run` ends when all were given to their sinks. Idempotent."""
+        self._closed = True
+        self._wake()
+
+    def stop(self) -> None:
+        """Finish the batch in hand and end `run`; texts that are not done then never reach their sinks."""
+        self._closed = self._stopped = True
+        self._intake.clear()
+        self._heap.discard_lane(self.number)
+        self._consumer.drop_unwanted()
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """The engine has ended: `run` raises this."""
+        self._error = error
+        self.stop()
+
+    def hasten(self, owner: int) -> None:
+        """Put a text's chunks into the next batch."""
+        if self._heap.hasten(owner):
+            self._consumer.notify()
+
+    def raise_priority(self, owner: int, priority: int) -> None:
+        """Make a text more urgent than it was, wherever it waits."""
+        item = self._open.get(owner)
+        if item is None or item.priority <= priority:
+            return
+        moved = self._open[owner] = item._replace(priority=priority)
+        if self._leave_intake(item):
+            self._intake.setdefault(priority, {})[owner] = moved
+        elif self._heap.reprioritise(owner, priority):
+            self._consumer.notify()
+
+    def discard(self, owner: int) -> None:
+        """Nobody waits for the text any more: drop it wherever it is, before it costs anything."""
+        item = self._open.pop(owner, None)
+        if item is None:
+            return
+        if not self._leave_intake(item):
+            self._assembler.discard(owner)
+            self._heap.discard(owner)
+            self._consumer.drop_unwanted()
+        self._wake()
+
+    def resume(self) -> None:
+        """`may_compute` may say otherwise now."""
+        self._consumer.wake()
+
+    def is_wanted(self, owner: int) -> bool:
+        """Whether somebody still waits for the text."""
+        return not self._stopped and owner in self._open
+
+    def wake_if_ending(self) -> None:
+        """A batch has ended: the last one in hand may have been it."""
+        if self._stopped:
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Work until closed and done, or stopped.
+
+        Raises:
+            Exception: What `fail` was given: the engine has ended.
+        """
+        try:
+            while self._error is None:
+                if self._intake:
+                    await self._chunk_some()
+                    continue
+                if self._closed and not self._stopped:
+                    self._heap.drain(self.number)
+                if self._is_over():
+                    return
+                self._changed.clear()
+                await self._changed.wait()
+            raise self._error
+        finally:
+            self._closed = True
+            self._open.clear()
+            self._intake.clear()
+            self._assembler.clear()
+            self._heap.discard_lane(self.number)
+            self._consumer.drop_unwanted()
+            self._on_ended(self)
+            self._wake()
+            await self._thread.aclose()
+
+    def embedded(self, chunks: Sequence[Chunk], vectors: FloatMatrix) -> None:
+        """Vectors of this lane's chunks have come: shape `(len(chunks), dim)`."""
+        for done in self._assembler.add(chunks, vectors):
+            self._hand_over(done)
+        self._room.set()
+
+    def failed(self, chunk: Chunk, reason: str) -> None:
+        """One of this lane's chunks failed."""
+        done = self._assembler.fail(chunk.owner, reason)
+        if done is not None:
+            self._hand_over(done)
+        self._room.set()
+
+    def _is_over(self) -> bool:
+        if self._stopped:
+            return not self._consumer.holds(lambda chunk: lane_of(chunk.owner) == self.number)
+        return self._closed and not self._open
+
+    def _is_full(self) -> bool:
+        n_chunks, n_tokens = self._heap.lane_statistics(self.number)
+        return n_chunks >= WINDOW_CHUNKS or n_tokens >= window_tokens(self._estimator)
+
+    def _leave_intake(self, item: Submission) -> bool:
+        waiting = self._intake.get(item.priority, {})
+        was_there = waiting.pop(item.owner, None) is not None
+        if was_there and not waiting:
+            del self._intake[item.priority]
+        return was_there
+
+    def _next_call(self) -> list[Submission]:
+        """The most urgent texts that wait, in the order they came, no more than one short call takes."""
+        taken: list[Submission] = []
+        n_chars = 0
+        for priority in sorted(self._intake):
+            for item in self._intake[priority].values():
+                if taken and (len(taken) >= CALL_TEXTS or n_chars + len(item.text) > CALL_CHARS):
+                    break
+                taken.append(item)
+                n_chars += len(item.text)
+            else:
+                continue
+            break
+        for item in taken:
+            self._leave_intake(item)
+        return taken
+
+    async def _chunk_some(self) -> None:
+        submissions = self._next_call()
+        results = await self._thread.run(self._chunk, submissions)
+        for item, result in zip(submissions, results, strict=True):
+            current = self._open.get(item.owner)
+            if current is None or self._stopped:
+                continue  # discarded meanwhile
+            self.chunking.unknown_tokens += result.unknown_tokens
+            if result.error is not None:
+                self._hand_over(Assembled(item.owner, None, error=result.error))
+                continue
+            self.chunking.dropped_tokens += result.dropped_tokens
+            self._assembler.expect(item.owner, len(result.chunks))
+            chunks = result.chunks
+            if current.priority != item.priority:
+                chunks = tuple(replace(chunk, priority=current.priority) for chunk in chunks)
+            self._heap.push(chunks)
+        self._consumer.notify()
+        self._room.set()
+
+    def _hand_over(self, done: Assembled) -> None:
+        if done.error is not None:
+            self._heap.discard(done.owner)
+        self._open.pop(done.owner).sink(done)
+        if self._closed:
+            self._changed.set()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._room.set()
