@@ -123,9 +123,10 @@ class Desk:
         return len(self._requests)
 
     def open(self, request: Request) -> None:
-        """A request begins: it ends in `leave`."""
+        """A request begins. It ends in `leave`, also by itself as soon as its future is done."""
         self.n_requests += 1
         self._requests.add(request)
+        request.future.add_done_callback(lambda _: self.leave(request))
 
     def leave(self, request: Request) -> None:
         """The request has its answer, or nobody waits for it: what only it wanted is dropped. Idempotent."""

@@ -439,7 +439,6 @@ class AsyncEmbedder:
         except BaseException:
             desk.leave(request)
             raise
-        request.future.add_done_callback(lambda _: desk.leave(request))
         return request.future
 
     def embed_threadsafe(self, texts: str | Sequence[str], **how: Any) -> Future[Any]:

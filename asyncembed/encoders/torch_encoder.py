@@ -68,6 +68,8 @@ class TorchEncoder:
         self.fast_tokenizer = self._find_fast()
         self._features: dict[str, Any] = {}
         self._takes_ids = self._probe()
+        pools_without = any(getattr(module, "include_prompt", True) is False for module in model.children())
+        self._sees_prompts = pools_without or not self._takes_ids
 
     def __repr__(self) -> str:
         way = "ids" if self._takes_ids else "texts"
@@ -84,12 +86,13 @@ class TorchEncoder:
         import torch
 
         with torch.inference_mode():
-            features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch)
-            features = {
-                name: value.to(self.model.device, non_blocking=True) if hasattr(value, "to") else value
-                for name, value in features.items()
-            }
-            return self.model(features)["sentence_embedding"]
+            if not self._sees_prompts:
+                return self._forward(batch)
+            vectors = torch.empty((len(batch.chunks), self.dim), device=self.model.device, dtype=torch.float32)
+            for prompt, rows in _rows_by_prompt(batch).items():
+                part = Batch(tuple(batch.chunks[row] for row in rows))
+                vectors[rows] = self._forward(part, prompt)[:, : self.dim].float()
+            return vectors
 
     def finish(self, handle: Any) -> FloatMatrix:
         """Wait for a batch: shape `(rows, dim)` float32."""
@@ -129,8 +132,7 @@ class TorchEncoder:
 
     def plain_features(self) -> tuple[dict[str, Any], bool] | None:
         """The constant features of a batch, and whether it takes types; None if it wants more than ids and mask."""
-        wants_prompt = any(getattr(module, "include_prompt", True) is False for module in self.model.children())
-        if not self._takes_ids or wants_prompt:
+        if self._sees_prompts:
             return None
         return {name: value for name, value in self._features.items() if name != "prompt_length"}, self._types
 
@@ -153,6 +155,20 @@ class TorchEncoder:
         theirs = features["input_ids"][0]
         return bool(len(theirs) == len(own) and (theirs.numpy() == own).all() and features["attention_mask"].all())
 
+    def _forward(self, batch: Batch, prompt: str = "") -> Any:
+        """Vectors of a batch, whose rows have one prompt where the model is told of it."""
+        features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt)
+        if self._takes_ids and self._sees_prompts:
+            features.pop("prompt_length", None)
+            told = dict(self.model.preprocess([_PROBE], prompt=prompt or None))
+            if "prompt_length" in told:
+                features["prompt_length"] = told["prompt_length"]
+        features = {
+            name: value.to(self.model.device, non_blocking=True) if hasattr(value, "to") else value
+            for name, value in features.items()
+        }
+        return self.model(features)["sentence_embedding"]
+
     def _from_ids(self, batch: Batch) -> dict[str, Any]:
         import torch
 
@@ -169,9 +185,16 @@ class TorchEncoder:
             features["token_type_ids"] = torch.zeros((rows, longest), dtype=torch.int64)
         return features
 
-    def _from_texts(self, batch: Batch) -> dict[str, Any]:
+    def _from_texts(self, batch: Batch, prompt: str) -> dict[str, Any]:
         texts = [chunk.text for chunk in batch.chunks]
-        return dict(self.model.preprocess(texts, prompt=self.prompt or None))
+        return dict(self.model.preprocess(texts, prompt=prompt or None))
+
+
+def _rows_by_prompt(batch: Batch) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, chunk in enumerate(batch.chunks):
+        rows.setdefault(chunk.prompt, []).append(row)
+    return rows
 
 
 def _name_of(model: Any) -> str:
