@@ -16,7 +16,7 @@ import anyio
 from asyncembed.assembly import Assembler
 from asyncembed.embedder.chunkers import PromptChunkers
 from asyncembed.embedder.desk import Desk, Request
-from asyncembed.embedder.settings import Priority, check_texts, choose_options, priority_of
+from asyncembed.embedder.settings import Kind, Priority, check_texts, choose_options, priority_of
 from asyncembed.encoders import (
     DOCUMENT_PROMPTS,
     QUERY_PROMPTS,
@@ -441,15 +441,32 @@ class AsyncEmbedder:
             raise
         return request.future
 
-    def embed_threadsafe(self, texts: str | Sequence[str], **how: Any) -> Future[Any]:
+    def embed_threadsafe(self, texts: str | Sequence[str], *, kind: Kind = "text", **how: Any) -> Future[Any]:
         """`embed` from any thread or event loop: a future of the vectors. Cancelling it cancels the work.
 
         Waiting for its result in the embedder's own loop would be waiting for oneself.
 
+        Args:
+            texts: A text, or a list of them.
+            kind: `"query"` and `"document"` call `embed_query` and `embed_document` instead.
+            **how: The keyword arguments of that method.
+
         Raises:
             ClosedError: The embedder is not open.
         """
-        return self._hand_over(partial(self.embed, texts, **how))
+        methods: dict[Kind, Callable[..., Any]] = {
+            "text": self.embed,
+            "query": self.embed_query,
+            "document": self.embed_document,
+        }
+        return self._hand_over(partial(methods[kind], texts, **how))
+
+    def is_on_its_loop(self) -> bool:
+        """Whether the caller runs on the event loop that the embedder lives on, and must not block it."""
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
 
     def _hand_over(self, call: Callable[[], Any]) -> Future[Any]:
         with self._handing_over:

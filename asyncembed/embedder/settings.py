@@ -9,6 +9,7 @@ from asyncembed.errors import OptionsError
 from asyncembed.lane import BULK, INTERACTIVE
 from asyncembed.options import MODEL_OPTIONS, EmbedOptions
 
+Kind = Literal["text", "query", "document"]
 Priority = Literal["interactive", "bulk"] | int
 
 REQUEST_OPTIONS = (

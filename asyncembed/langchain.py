@@ -1,0 +1,106 @@
+"""asyncembed behind LangChain's `Embeddings`. Needs langchain-core."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from langchain_core.embeddings import Embeddings
+
+from asyncembed.embedder import AsyncEmbedder, Kind
+from asyncembed.embedder_thread import EmbedderThread
+from asyncembed.errors import AsyncEmbedError, ClosedError
+from asyncembed.options import DEFAULT_MODEL
+
+
+class AsyncEmbedEmbeddings(Embeddings):
+    """LangChain's `Embeddings` on an `AsyncEmbedder`: synchronous and asynchronous calls share its batches.
+
+    Given an open embedder, it uses that one, and leaves it open. Given a model, it opens an embedder of its own at the
+    first call, on a loop in a thread of its own; `close` ends it, as does leaving a `with` block.
+
+    Queries are embedded with the model's prompt for queries, documents with the one for documents.
+
+    Args:
+        model: An open `AsyncEmbedder`; or a name, a path, a `SentenceTransformer`, or an `Encoder`.
+        **options: The options of an `AsyncEmbedder` of its own.
+
+    Raises:
+        TypeError: Options were given for an embedder that is there already.
+    """
+
+    def __init__(self, model: Any = DEFAULT_MODEL, **options: Any) -> None:
+        if isinstance(model, AsyncEmbedder) and options:
+            raise TypeError(f"the embedder has its options already: {', '.join(options)} cannot be given again")
+        self._given = model if isinstance(model, AsyncEmbedder) else None
+        self._make = partial(AsyncEmbedder, model, **options)
+        if self._given is None:
+            self._make()  # refuses options that cannot be now, not in the thread
+        self._thread: EmbedderThread | None = None
+        self._starting = threading.Lock()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<AsyncEmbedEmbeddings {self._given or self._thread or 'not used yet'!r}>"
+
+    def __enter__(self) -> AsyncEmbedEmbeddings:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the embedder of its own, if it has one. Idempotent."""
+        self._closed = True
+        if self._thread is not None:
+            self._thread.close()
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """A list of floats for each text. Not from the event loop of the embedder given: await `aembed_documents`."""
+        rows: list[list[float]] = self._wait(list(texts), "document").tolist()
+        return rows
+
+    def embed_query(self, text: str) -> list[float]:
+        """A list of floats. Not from the event loop of the embedder given: await `aembed_query`."""
+        row: list[float] = self._wait(text, "query").tolist()
+        return row
+
+    async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
+        """A list of floats for each text. Cancelled, the work is dropped."""
+        embedder = await self._opened()
+        rows: list[list[float]] = (await embedder.embed_document(list(texts))).tolist()
+        return rows
+
+    async def aembed_query(self, text: str) -> list[float]:
+        """A list of floats. Cancelled, the work is dropped."""
+        embedder = await self._opened()
+        row: list[float] = (await embedder.embed_query(text)).tolist()
+        return row
+
+    async def _opened(self) -> AsyncEmbedder:
+        if self._given is not None:
+            return self._given
+        # Shielded: a caller that is cancelled while the model loads must not take it from the others.
+        return await asyncio.shield(asyncio.wrap_future(self._own().opened))
+
+    def _own(self) -> EmbedderThread:
+        if self._closed:
+            raise ClosedError("these embeddings are closed; make others")
+        with self._starting:
+            if self._thread is None:
+                self._thread = EmbedderThread(self._make)
+            return self._thread
+
+    def _wait(self, texts: str | list[str], kind: Kind) -> Any:
+        embedder = self._given or self._own().embedder
+        if embedder.is_on_its_loop():
+            name = "query" if kind == "query" else "documents"
+            raise AsyncEmbedError(
+                f"embed_{name} would block the event loop that has to answer it; await aembed_{name} there"
+            )
+        return embedder.embed_threadsafe(texts, kind=kind).result()
