@@ -1,0 +1,259 @@
+"""The life of an embedder: loading, running, closing, and what it says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import TypeVar
+
+import anyio
+
+from asyncembed.assembly import Assembler
+from asyncembed.embedder.chunkers import PromptChunkers
+from asyncembed.embedder.desk import Desk
+from asyncembed.embedder.statistics import EmbedderStatistics, State
+from asyncembed.encoders import Encoder, load_encoder
+from asyncembed.engine import Engine
+from asyncembed.errors import AsyncEmbedError, ClosedError, ModelError
+from asyncembed.lane import Lane
+from asyncembed.limits import estimator_for
+from asyncembed.options import EmbedOptions
+from asyncembed.threads import WorkerThread
+
+logger = logging.getLogger("asyncembed")
+
+Opened = TypeVar("Opened", bound="EmbedderLife")
+
+
+class EmbedderLife:
+    """The life of an embedder: it loads the model, keeps the engine running, and tells everyone when it ends.
+
+    Args:
+        options: Those about model, chunks and vectors.
+        max_pending_bytes: What texts under way may take together.
+        cache_bytes: What to keep of the vectors used last.
+    """
+
+    def __init__(self, options: EmbedOptions, *, max_pending_bytes: int, cache_bytes: int) -> None:
+        self.options = options
+        self._max_bytes = max_pending_bytes
+        self._cache_bytes = cache_bytes
+        self._model_thread = WorkerThread("asyncembed-model")
+        self._ready = asyncio.Event()
+        self._handing_over = threading.Lock()
+        self._state: State = "new"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._driver: asyncio.Task[None] | None = None
+        self._engine: Engine | None = None
+        self._lane: Lane | None = None
+        self._desk: Desk | None = None
+        self._error: Exception | None = None
+
+    def __repr__(self) -> str:
+        desk = f" {self._desk!r}" if self._desk is not None else ""
+        return f"<{type(self).__name__} {self._state} {self.options.model!r}{desk}>"
+
+    async def __aenter__(self: Opened) -> Opened:
+        """Load the model.
+
+        Raises:
+            ModelError: It cannot be loaded.
+            OptionsError: An option does not go with it.
+            ClosedError: It was opened before.
+        """
+        if self._state != "new":
+            raise ClosedError("an AsyncEmbedder is opened once; make another one")
+        self._loop = asyncio.get_running_loop()
+        self._state = "loading"
+        # Its one task: kept, awaited and cancelled here.
+        self._driver = self._loop.create_task(self._drive(), name="asyncembed-embedder")
+        try:
+            await self._ready.wait()
+        except BaseException:
+            self._driver.cancel()
+            raise
+        if self._error is not None:
+            await asyncio.wait([self._driver])
+            raise self._error
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose(drain=error is None)
+
+    async def aclose(self, *, drain: bool = True) -> None:
+        """Take no more requests, and end. Idempotent. Jobs on the model end with a `ClosedError`.
+
+        Args:
+            drain: Finish the requests that wait, those that still wait for room included. If False they end with a
+                `ClosedError` at once; only the batches in hand run to their end.
+
+        Cancelled while it drains, it refuses the rest, and leaves the model's thread to end by itself.
+        """
+        if self._driver is None:
+            self._state = "closed"
+            self._model_thread.executor.shutdown(wait=False)
+            return
+        with self._handing_over:
+            if self._state in ("loading", "open"):
+                self._state = "closing"
+        try:
+            if self._engine is not None and self._lane is not None:
+                self._engine.break_lanes(_closed(), but=self._lane)
+            if self._desk is not None and drain:
+                await self._desk.wait_idle()
+        finally:
+            self._end()
+        if not self._driver.done():
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([self._driver])
+
+    def _end(self) -> None:
+        """Let the driver come to its end."""
+        if self._engine is None or self._lane is None or self._desk is None:
+            if self._driver is not None:
+                self._driver.cancel()
+            return
+        self._desk.fail_all(self._why_ended)
+        self._lane.stop()
+        self._engine.close()
+
+    async def _drive(self) -> None:
+        """Load the model and work until the end; whatever ends it, everyone who waits is told."""
+        try:
+            encoder, chunkers = await self._model_thread.run(_load, self.options)
+            engine, lane = self._open(encoder, chunkers)
+            self._ready.set()
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._guard, lane.run, group.cancel_scope)
+                await self._guard(engine.run, group.cancel_scope)
+        except Exception as error:
+            self._error = error
+        finally:
+            with self._handing_over:
+                self._state = "broken" if self._error is not None else "closed"
+            if self._engine is not None and self._desk is not None:
+                if self._error is not None:
+                    logger.error("the embedder has ended: %s", self._error)
+                self._engine.break_lanes(self._why_ended())
+                self._desk.fail_all(self._why_ended)
+            self._ready.set()
+            await self._model_thread.aclose()
+
+    async def _guard(self, work: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
+        """Run one half of the engine; an error of it ends the other half too."""
+        try:
+            await work()
+        except Exception as error:
+            if self._error is None:
+                self._error = error
+            scope.cancel()
+
+    def _open(self, encoder: Encoder, chunkers: PromptChunkers) -> tuple[Engine, Lane]:
+        options = self.options
+        engine = Engine(
+            encoder,
+            estimator_for(encoder.device, options.token_limit),
+            model_thread=self._model_thread,
+            max_rows=options.batch_size,
+        )
+        assembler = Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim)
+        lane = engine.open_lane(chunkers, assembler)
+        self._desk = Desk(
+            lane,
+            encoder.dim,
+            chunkers.chunk_size,
+            options.chunk_overlap,
+            max_bytes=self._max_bytes,
+            cache_bytes=self._cache_bytes,
+        )
+        self._engine, self._lane = engine, lane
+        if self._state == "loading":
+            self._state = "open"
+        return engine, lane
+
+    def _why_ended(self) -> Exception:
+        """A new error for each who is told."""
+        if self._error is None:
+            return _closed()
+        broken = ModelError(f"the embedder cannot go on: {self._error}")
+        broken.__cause__ = self._error
+        return broken
+
+    @property
+    def encoder(self) -> Encoder:
+        """The model: its `name`, `device`, `dtype`, `dim`, `max_tokens`, ….
+
+        Raises:
+            ClosedError: It is not loaded yet.
+        """
+        if self._engine is None:
+            raise ClosedError("the model is not loaded; enter the embedder with `async with` first")
+        return self._engine.encoder
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the vectors it gives."""
+        return min(self.encoder.dim, self.options.truncate_dim or self.encoder.dim)
+
+    def statistics(self) -> EmbedderStatistics:
+        """What it did, and what waits."""
+        if self._engine is None or self._desk is None:
+            return EmbedderStatistics(self._state, max_pending_bytes=self._max_bytes)
+        engine, desk = self._engine.statistics(), self._desk
+        queues = (desk.urgent.statistics(), desk.later.statistics())
+        return EmbedderStatistics(
+            state=self._state,
+            requests=desk.n_requests,
+            texts=desk.n_texts,
+            pending_requests=desk.n_pending,
+            waiting_texts=sum(queue.n_waiting for queue in queues),
+            pending_bytes=sum(queue.reserved_bytes for queue in queues),
+            max_pending_bytes=self._max_bytes,
+            cache_bytes=desk.cache.n_bytes,
+            cache_hits=desk.cache.n_hits,
+            batches=engine.consumer.batches,
+            ooms=engine.consumer.ooms,
+            row_tokens=engine.consumer.row_tokens,
+            padded_tokens=engine.consumer.padded_tokens,
+            waiting_chunks=engine.heap.n_chunks,
+            token_limit=engine.token_limit,
+            model_seconds=engine.consumer.model_seconds,
+        )
+
+    async def engine(self) -> Engine:
+        """The engine, for a job on the same model; waits while the model is being loaded.
+
+        Raises:
+            ClosedError: The embedder is not open.
+            ModelError: It is broken.
+        """
+        await self._until_open()
+        if self._engine is None:
+            raise AssertionError("an open embedder has an engine: this is a bug")
+        return self._engine
+
+    async def _until_open(self) -> None:
+        if self._state == "loading":
+            await self._ready.wait()
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._state == "broken":
+            raise self._why_ended()
+        if self._state not in ("open", "loading"):
+            hint = "enter it with `async with` first" if self._state == "new" else "it takes no more requests"
+            raise ClosedError(f"the embedder is {'not open' if self._state == 'new' else self._state}: {hint}")
+
+
+def _load(options: EmbedOptions) -> tuple[Encoder, PromptChunkers]:
+    encoder = load_encoder(options)
+    return encoder, PromptChunkers(encoder, options, encoder.tokenizer())
+
+
+def _closed() -> AsyncEmbedError:
+    return ClosedError("the embedder was closed before this was done; make the same call on an open one")
