@@ -41,9 +41,15 @@ class ModelRunner:
         self._encoder = encoder
         self._under_way: deque[tuple[Batch, object, float]] = deque()
         self._fatal: Exception | None = None
+        self._n_passed = 0
 
     def advance(self, batch: Batch | None) -> Outcome | None:
-        """Start `batch`, and finish the oldest one under way if all slots are taken or there is nothing to start."""
+        """Start `batch`, and finish one under way if all slots are taken or there is nothing to start.
+
+        That is the oldest of the most urgent: a device that runs several batches at once is soon done with a small
+        urgent one, which must not wait for large ones that began before it. The oldest of all is passed by no more
+        often than there are slots.
+        """
         if batch is not None:
             started = time.perf_counter()
             if self._fatal is not None:  # the device's context is dead: nothing it would give can be trusted
@@ -56,12 +62,22 @@ class ModelRunner:
                 self._under_way.append((batch, handle, started))
                 if len(self._under_way) < self._encoder.slots:
                     return None
-                return self._finish_oldest()
+                return self._finish_next()
             return self._failure(batch, failed, started)
-        return self._finish_oldest() if self._under_way else None
+        return self._finish_next() if self._under_way else None
 
-    def _finish_oldest(self) -> Outcome:
-        batch, handle, started = self._under_way.popleft()
+    def _choose(self) -> int:
+        """The place of the batch to finish."""
+        if self._n_passed >= self._encoder.slots:
+            return 0
+        urgency = [min(chunk.priority for chunk in batch.chunks) for batch, _, _ in self._under_way]
+        return urgency.index(min(urgency))
+
+    def _finish_next(self) -> Outcome:
+        place = self._choose()
+        self._n_passed = self._n_passed + 1 if place else 0
+        batch, handle, started = self._under_way[place]
+        del self._under_way[place]
         try:
             vectors = np.asarray(self._encoder.finish(handle), np.float32)
             if vectors.shape[:1] != (len(batch.chunks),) or vectors.ndim != 2:

@@ -213,7 +213,7 @@ class Desk:
         known = self.cache.get(key)
         if known is not None:
             self._queue(request).release(n_bytes)
-            request.answer(index, known)
+            self._answer(request, index, known)
             return
         work = self._works.get(key)
         if work is None:
@@ -232,9 +232,15 @@ class Desk:
             del self._works[work.key]
         answer = Answer(done.embedding, done.n_tokens, done.error)
         self.cache.put(work.key, answer)
-        for request, index in work.waiters:
-            self._release(request, index)
-            request.answer(index, answer)
+        for request, index in list(work.waiters):
+            if index in request.open:  # a failure may have ended the request at another place of the same text
+                self._release(request, index)
+                self._answer(request, index, answer)
+
+    def _answer(self, request: Request, index: int, answer: Answer) -> None:
+        request.answer(index, answer)
+        if request.future.done():
+            self.leave(request)
 
     def _release(self, request: Request, index: int) -> None:
         _, n_bytes = request.open.pop(index)

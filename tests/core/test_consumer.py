@@ -374,6 +374,20 @@ def test_advance_two_slots_keeps_two_under_way_and_finishes_the_oldest() -> None
     assert encoder.most_under_way == 2
 
 
+def test_advance_urgent_batch_is_finished_first_but_the_oldest_is_not_passed_by_for_ever() -> None:
+    runner = ModelRunner(FakeEncoder(slots=2))
+    bulk = Batch((chunk(50, owner=0, priority=10),))
+    urgent = [Batch((chunk(3, owner=1 + number, priority=0),)) for number in range(6)]
+    assert runner.advance(bulk) is None
+    finished = []
+    for batch in urgent:
+        outcome = runner.advance(batch)
+        assert outcome is not None
+        finished.append(outcome.batch)
+    assert finished[:2] == urgent[:2]
+    assert finished[2] is bulk
+
+
 def test_fake_encoder_is_an_encoder() -> None:
     assert isinstance(FakeEncoder(), Encoder)
 

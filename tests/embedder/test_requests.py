@@ -159,6 +159,18 @@ async def test_embed_same_text_in_flight_is_computed_once() -> None:
     assert found[0].tolist() == found[1].tolist() == found[2][2].tolist() == vector("heron")
 
 
+async def test_embed_nowait_answered_is_gone_when_its_future_is_done() -> None:
+    async with AsyncEmbedder(FakeEncoder()) as embedder:
+        at_the_end: list[bool] = []
+        future = embedder.embed_nowait(["heron", "boat", "heron", ""])
+        future.add_done_callback(lambda _: at_the_end.append(at_rest(embedder)))
+        with pytest.raises(TextError):
+            await future
+        assert (await embedder.embed_nowait([])).shape == (0, 4)
+        await until(lambda: at_rest(embedder))
+    assert at_the_end == [True]
+
+
 async def test_embed_same_text_asked_for_more_urgently_goes_sooner() -> None:
     gate, encoder = held_model()
     async with AsyncEmbedder(encoder, batch_size=1) as embedder:
