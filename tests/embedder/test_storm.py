@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncembed import AsyncEmbedder, AsyncEmbedError, embed_stream
-from asyncembed.embedder.cache import Answer, AnswerCache
+from asyncembed.embedder.cache import ENTRY_OVERHEAD, Answer, AnswerCache
 from asyncembed.records import Batch
 from tests.fakes import FakeEncoder
 
@@ -121,7 +121,7 @@ def test_cache_any_use_stays_within_its_bytes_and_drops_the_least_recent(
         if puts:
             answer = Answer(np.zeros(dim, np.float32), dim)
             cache.put(("", text), answer)
-            if 400 + len(text.encode("utf-32-le")) + 4 * dim <= max_bytes:
+            if ENTRY_OVERHEAD + len(text) * (1 if text.isascii() else 4) + 4 * dim <= max_bytes:
                 order.pop(text, None)
                 order[text] = answer
         else:
