@@ -22,7 +22,8 @@ class Outcome:
     Attributes:
         batch: The batch.
         vectors: Shape `(rows, dim)` float32; None if it failed.
-        seconds: How long it took.
+        seconds: From the end of the batch before it, or from its own start if the model was idle then, to its end.
+            Of batches that overlap the sum over all is the time that the model was busy.
         kind: What kind of failure it was.
         error: The failure.
     """
@@ -42,6 +43,7 @@ class ModelRunner:
         self._under_way: deque[tuple[Batch, object, float]] = deque()
         self._fatal: Exception | None = None
         self._n_passed = 0
+        self._ended = 0.0
 
     def advance(self, batch: Batch | None) -> Outcome | None:
         """Start `batch`, and finish one under way if all slots are taken or there is nothing to start.
@@ -85,7 +87,7 @@ class ModelRunner:
         except Exception as error:
             failed = error
         else:
-            return Outcome(batch, vectors, time.perf_counter() - started)
+            return Outcome(batch, vectors, self._end(started))
         del handle
         return self._failure(batch, failed, started)
 
@@ -102,4 +104,9 @@ class ModelRunner:
             except Exception as failed:  # the device may be beyond help: what it says then counts
                 if classify(failed) is FailureKind.FATAL:
                     self._fatal, kind, error = failed, FailureKind.FATAL, failed
-        return Outcome(batch, None, time.perf_counter() - started, kind, error)
+        return Outcome(batch, None, self._end(started), kind, error)
+
+    def _end(self, started: float) -> float:
+        """Seconds of a batch that ends now."""
+        begun, self._ended = max(started, self._ended), time.perf_counter()
+        return self._ended - begun

@@ -1,48 +1,83 @@
 """Find the batch size that gives the most tokens per second: pure, no clock.
 
-Sizes are tried by doubling up and then halving down from the first one, each on a few full batches; the best median
-wins, and of two that are as good the smaller. Then it stays: the search costs some twenty batches, once.
+The size in use and one twice or half as large take turns, so that whatever else the machine does meets both alike.
+Only a clear win moves it, one step at a time: up from the first size as long as that wins, else down. Then it stays.
 """
 
 from __future__ import annotations
 
-from statistics import median
+from math import log, sqrt
+from statistics import mean, stdev
 
-TRIAL_BATCHES = 4
-"""Batches of a trial; the median of so many is within some 5 % on a noisy two-core machine."""
+BETTER = 1.04
+"""A size must be better by so much: it costs memory, and latency to whoever waits."""
 
-WARM_UP_BATCHES = 2
-"""First batches that are not counted: caches are cold and kernels are chosen."""
+MIN_PAIRS = 3
+MAX_PAIRS = 12
+"""Pairs of a challenge: how many are needed depends on how much they differ among themselves."""
 
-BETTER = 1.03
-"""A larger size must be better by so much: it costs memory, and latency to whoever waits."""
+SURE_OF_WIN = 1.8
+SURE_OF_LOSS = 0.8
+"""Standard errors that the mean gain must be away from nothing, to win; from `BETTER`, to lose."""
+
+LEAST_SPREAD = 0.06
+"""Pairs that agree by chance are not believed to agree better than this."""
+
+CLIP = 0.4
+"""The most that one pair may count for, as a logarithm: a batch that met something else on the machine."""
+
+WARM_UP = 2
+"""First samples that are not counted: caches are cold and kernels are chosen."""
 
 FULL = 0.75
 """A batch says something about a size if it fills so much of it."""
+
+PATIENCE = 40
+"""Samples' worth of batches after which a challenge without an end is given up: batches do not fill such a size."""
 
 
 class SpeedTuner:
     """Chooses a size between bounds from the measured speed of batches.
 
+    A batch's `seconds` are those from the end of the batch before it (or its own start, if the model was idle) to
+    its own end: of batches that overlap, only their sum means anything, so `slots` batches make one sample.
+
     Args:
         start: The first size, in padded tokens.
         smallest: Never try less.
         largest: Never try more.
+        slots: Batches that the model has under way at once.
+        settled: Nothing is to be tried: `start` is what an earlier search found.
     """
 
-    def __init__(self, start: int, smallest: int, largest: int) -> None:
-        self.size = start
+    def __init__(self, start: int, smallest: int, largest: int, *, slots: int = 1, settled: bool = False) -> None:
         self._smallest = smallest
         self._largest = largest
-        self._rates: dict[int, list[float]] = {}
-        self._medians: dict[int, float] = {}
+        self._slots = slots
         self._start = self._best = start
+        self._rival: int | None = None
+        self._tried = {start}
         self._goes_up = True
-        self._n_seen = 0
-        self._is_settled = smallest >= largest
+        self._samples: dict[int, list[float]] = {}
+        self._open: tuple[int, list[tuple[int, float]]] = (0, [])
+        self._n_added = 0
+        self._n_warm = 0
+        self._is_settled = settled or smallest >= largest
 
     def __repr__(self) -> str:
         return f"<SpeedTuner size={self.size} best={self._best}{' settled' if self._is_settled else ''}>"
+
+    @property
+    def size(self) -> int:
+        """What the next batch should have, in padded tokens."""
+        if self._rival is None:
+            return self._best
+        return self._rival if self._n_added // self._slots % 2 == 0 else self._best
+
+    @property
+    def best(self) -> int:
+        """The best size so far, which is not always the one being tried."""
+        return self._best
 
     @property
     def is_settled(self) -> bool:
@@ -52,49 +87,84 @@ class SpeedTuner:
     @property
     def has_measured(self) -> bool:
         """Whether any batch was measured; if none was, nothing is known about speed."""
-        return self._n_seen > 0
+        return self._n_warm > 0
 
     def settle_below(self, n_tokens: int) -> None:
         """A batch of `n_tokens` did not fit into memory, which matters more: the search ends with a smaller size."""
-        self.size = max(1, min(self._best, n_tokens - 1))
-        self._is_settled = True
+        self._best = max(1, min(self._best, n_tokens - 1))
+        self._settle()
 
     def add(self, n_tokens: int, seconds: float) -> None:
         """A batch of `n_tokens` padded tokens took `seconds`; `size` may be another one afterwards."""
-        if self._is_settled or seconds <= 0 or not FULL * self.size <= n_tokens <= self.size:
+        if self._is_settled or seconds <= 0:
             return
-        self._n_seen += 1
-        if self._n_seen <= WARM_UP_BATCHES:
-            return
-        rates = self._rates.setdefault(self.size, [])
-        rates.append(n_tokens / seconds)
-        if len(rates) >= TRIAL_BATCHES:
-            self._finish_trial(median(rates))
+        if self._rival is not None:
+            self._n_added += 1
+        size = self._size_of(n_tokens)
+        if size is not None:
+            self._collect(size, n_tokens, seconds)
+        if not self._is_settled and self._n_added > PATIENCE * self._slots:
+            self._lose()
 
-    def _finish_trial(self, rate: float) -> None:
-        tried = self.size
-        self._medians[tried] = rate
-        won = tried == self._best or self._is_better(tried)
-        if won:
-            self._best = tried
-        # 1. on the way up, as long as it wins   2. from the start down, if up brought nothing   3. that was it
-        if self._goes_up:
-            if won and self._try(2 * tried):
-                return
+    def _size_of(self, n_tokens: int) -> int | None:
+        """Which of the two sizes a batch was made for: it comes some batches after it was asked for."""
+        for size in sorted({self._best, self._rival or self._best}):
+            if FULL * size <= n_tokens <= size:
+                return size
+        return None
+
+    def _collect(self, size: int, n_tokens: int, seconds: float) -> None:
+        same, batches = self._open
+        if same != size:
+            batches = []
+        batches.append((n_tokens, seconds))
+        self._open = (size, batches)
+        if len(batches) < self._slots:
+            return
+        self._open = (size, [])
+        self._n_warm += 1
+        if self._n_warm <= WARM_UP:
+            return
+        if self._rival is None:
+            self._challenge()
+            return
+        self._samples.setdefault(size, []).append(log(sum(n for n, _ in batches) / sum(s for _, s in batches)))
+        self._judge(self._rival)
+
+    def _judge(self, rival: int) -> None:
+        pairs = zip(self._samples.get(self._best, ()), self._samples.get(rival, ()), strict=False)
+        gains = [max(-CLIP, min(CLIP, theirs - ours)) for ours, theirs in pairs]
+        if len(gains) < MIN_PAIRS:
+            return
+        gain, error = mean(gains), max(stdev(gains), LEAST_SPREAD) / sqrt(len(gains))
+        if gain > log(BETTER) and gain > SURE_OF_WIN * error:
+            self._best = rival
+            self._challenge()
+        elif gain + SURE_OF_LOSS * error < log(BETTER) or len(gains) >= MAX_PAIRS:
+            self._lose()
+
+    def _lose(self) -> None:
+        """The challenger is no better. On the way up the other side is still to be tried, if up brought nothing."""
+        if self._goes_up and self._best == self._start:
             self._goes_up = False
-            if self._best == self._start and self._try(self._start // 2):
-                return
-        elif won and self._try(tried // 2):
+            self._challenge()
+        else:
+            self._settle()
+
+    def _challenge(self) -> None:
+        """Let the next size in the direction of the search take turns with the best one."""
+        up, down = 2 * self._best, self._best // 2
+        if self._goes_up and up > self._largest:
+            self._goes_up = self._best != self._start
+        rival = up if self._goes_up else down
+        if not self._smallest <= rival <= self._largest or rival in self._tried:
+            self._settle()
             return
-        self.size = self._best
+        self._tried.add(rival)
+        self._rival, self._n_added = rival, 0
+        self._samples.clear()
+        self._open = (0, [])
+
+    def _settle(self) -> None:
+        self._rival = None
         self._is_settled = True
-
-    def _is_better(self, tried: int) -> bool:
-        needed = self._medians[self._best] * (BETTER if tried > self._best else 1 / BETTER)
-        return self._medians[tried] > needed
-
-    def _try(self, size: int) -> bool:
-        if not self._smallest <= size <= self._largest or size in self._medians:
-            return False
-        self.size = size
-        return True
