@@ -14,6 +14,9 @@ import numpy as np
 from asyncembed.encoders.base import FloatMatrix
 from asyncembed.records import Chunk, EmbeddedChunk, FloatVector
 
+AVERAGED_AT_ONCE = 512
+"""Vectors of a text that are put into one matrix."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assembled:
@@ -40,10 +43,16 @@ class _Open:
     chunks: list[EmbeddedChunk | None] = field(default_factory=list)
 
 
-def weighted_average(vectors: FloatMatrix, weights: Sequence[int]) -> FloatVector:
-    """The mean of `vectors`, shape `(n, dim)`, weighted by `weights`: shape `(dim,)` float32, summed in float64."""
-    mean = np.average(vectors, axis=0, weights=np.asarray(weights, np.float64))
-    return np.asarray(mean, np.float32)
+def weighted_average(vectors: Sequence[FloatVector] | FloatMatrix, weights: Sequence[int]) -> FloatVector:
+    """The mean of `n` vectors of shape `(dim,)`, weighted by `weights`: shape `(dim,)` float32.
+
+    Summed in float64, some hundred vectors at a time: a text of a hundred thousand chunks needs no second copy of all.
+    """
+    total = np.zeros(len(vectors[0]), np.float64)
+    for start in range(0, len(vectors), AVERAGED_AT_ONCE):
+        part = slice(start, start + AVERAGED_AT_ONCE)
+        total += np.asarray(weights[part], np.float64) @ np.asarray(vectors[part], np.float64)
+    return np.asarray(total / sum(weights), np.float32)
 
 
 def normalized(vectors: FloatMatrix) -> FloatMatrix:
@@ -97,16 +106,15 @@ class Assembler:
             raise AssertionError(f"{len(chunks)} rows went in and {len(vectors)} came out: this is a bug")
         if self._truncate_dim is not None:
             vectors = vectors[:, : self._truncate_dim]
-        sound = np.logical_and(np.isfinite(vectors).all(axis=1), vectors.any(axis=1))
-        usable = np.where(sound[:, np.newaxis], vectors, np.float32(0))
-        if self._normalize:
-            usable = normalized(usable)
+        try:  # all that takes memory, before anything is changed
+            rows = self._usable_rows(vectors)
+        except MemoryError:
+            rows = None
+        if rows is None:
+            return self._add_in_halves(chunks, vectors)
         done: list[Assembled] = []
-        for row, chunk in enumerate(chunks):
-            if sound[row]:
-                finished = self._add_one(chunk, usable[row].copy())
-            else:
-                finished = self.fail(chunk.owner, defect(vectors[row]))
+        for chunk, row, vector in zip(chunks, rows, vectors, strict=True):
+            finished = self._add_one(chunk, row) if row is not None else self.fail(chunk.owner, defect(vector))
             if finished is not None:
                 done.append(finished)
         return done
@@ -124,6 +132,22 @@ class Assembler:
     def clear(self) -> None:
         """Forget all that is open."""
         self._open.clear()
+
+    def _usable_rows(self, vectors: FloatMatrix) -> list[FloatVector | None]:
+        """A vector of its own for each row; None for one that is NaN, infinite or zero."""
+        sound = np.logical_and(np.isfinite(vectors).all(axis=1), vectors.any(axis=1))
+        usable = np.where(sound[:, np.newaxis], vectors, np.float32(0))
+        if self._normalize:
+            usable = normalized(usable)
+        return [row.copy() if is_sound else None for row, is_sound in zip(usable, sound, strict=True)]
+
+    def _add_in_halves(self, chunks: Sequence[Chunk], vectors: FloatMatrix) -> list[Assembled]:
+        """Memory ran out: half of the rows at a time, and at last a text that fails alone."""
+        middle = len(chunks) // 2
+        if middle == 0:
+            finished = [self.fail(chunk.owner, "its vector does not fit into memory") for chunk in chunks]
+            return [text for text in finished if text is not None]
+        return [*self.add(chunks[:middle], vectors[:middle]), *self.add(chunks[middle:], vectors[middle:])]
 
     def _add_one(self, chunk: Chunk, vector: FloatVector) -> Assembled | None:
         text = self._open.get(chunk.owner)
@@ -143,8 +167,12 @@ class Assembler:
         if len(chunks) == 1:
             embedding = chunks[0].embedding
         else:
-            vectors = np.stack([chunk.embedding for chunk in chunks])
-            embedding = weighted_average(vectors, [chunk.n_tokens for chunk in chunks])
+            try:
+                embedding = weighted_average(
+                    [piece.embedding for piece in chunks], [piece.n_tokens for piece in chunks]
+                )
+            except MemoryError:
+                return Assembled(owner, None, error=f"the average of its {len(chunks)} chunks does not fit into memory")
             if self._normalize:
                 embedding = normalized(embedding[np.newaxis])[0]
             if (wrong := defect(embedding)) is not None:

@@ -13,6 +13,7 @@ from itertools import count
 from typing import NamedTuple
 
 from asyncembed.assembly import Assembled, Assembler
+from asyncembed.backing_off import chunk_backing_off
 from asyncembed.chunking import ChunkedText
 from asyncembed.consumer import Consumer, LimitEstimator, current_limit
 from asyncembed.encoders.base import FloatMatrix
@@ -290,7 +291,7 @@ class Lane:
 
     async def _chunk_some(self) -> None:
         submissions = self._next_call()
-        results = await self._thread.run(self._chunk, submissions)
+        results = await self._thread.run(chunk_backing_off, self._chunk, submissions)
         for item, result in zip(submissions, results, strict=True):
             current = self._open.get(item.owner)
             if current is None or self._stopped:

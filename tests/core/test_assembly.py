@@ -221,3 +221,41 @@ def test_discard_and_clear_forget_what_is_open() -> None:
 
 def test_defect_sound_vector_has_none() -> None:
     assert defect(np.array([0, 1e-30], np.float32)) is None
+
+
+def test_add_memory_that_runs_out_for_the_batch_is_added_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assembler, whole = Assembler(), Assembler._usable_rows
+
+    def narrow(self: Assembler, vectors: np.ndarray) -> list[np.ndarray | None]:
+        if len(vectors) > 2 or (vectors[:, 0] == 5).any():
+            raise MemoryError
+        return whole(self, vectors)
+
+    monkeypatch.setattr(Assembler, "_usable_rows", narrow)
+    for owner in range(1, 8):
+        assembler.expect(owner, 1)
+    vectors = np.array([[owner, 1, 1, 1] for owner in range(1, 8)], np.float32)
+    done = assembler.add([chunk(5, owner=owner) for owner in range(1, 8)], vectors)
+    assert sorted(text.owner for text in done) == list(range(1, 8))
+    assert {text.owner: text.error for text in done if text.error} == {5: "its vector does not fit into memory"}
+    assert all(text.embedding[0] == text.owner for text in done if text.embedding is not None)
+
+
+def test_add_memory_that_runs_out_for_the_average_fails_its_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    assembler = Assembler()
+    assembler.expect(1, 2)
+    assembler.expect(2, 1)
+    monkeypatch.setattr("asyncembed.assembly.weighted_average", exhausted)
+    done = assembler.add([*pieces(1, [3, 4]), *pieces(2, [5])], np.ones((3, DIM), np.float32))
+    errors = {text.owner: text.error for text in done}
+    assert errors == {1: "the average of its 2 chunks does not fit into memory", 2: None}
+
+
+def test_weighted_average_of_more_than_are_averaged_at_once_agrees_with_numpy() -> None:
+    rng = np.random.default_rng(0)
+    vectors, weights = rng.standard_normal((1300, DIM)).astype(np.float32), rng.integers(1, 256, 1300)
+    expected = np.average(vectors.astype(np.float64), axis=0, weights=weights)
+    np.testing.assert_allclose(weighted_average(list(vectors), weights.tolist()), expected, rtol=1e-6)
