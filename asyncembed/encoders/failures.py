@@ -25,6 +25,8 @@ _MEMORY_MESSAGES = (
     "std::bad_alloc",
     "failed to allocate memory for requested buffer",
     "exceeded max size of memory",
+    "src/plugins/intel_cpu/src/cpu_memory.cpp",  # OpenVINO: "Check 'ptr' failed at …: Failed to allocate N bytes"
+    "' can't alloc",  # OpenVINO: "[CPU] Transpose node with name '…' can't alloc"
 )
 _FATAL_MESSAGES = ("illegal memory access", "device-side assert", "ur_result_error_device_lost")
 

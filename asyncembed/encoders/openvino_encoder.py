@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +15,9 @@ from asyncembed.encoders.base import FloatMatrix, Tokenizer
 from asyncembed.encoders.graph_cache import CachedGraph
 from asyncembed.encoders.tokenizers import FastTokenizer
 from asyncembed.records import Batch
+
+_BROKEN_STATE = ("shape infer", "broadcast-merge")
+"""Said by a stream whose earlier run ended for lack of memory: shapes of that run are left in it."""
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
@@ -46,9 +50,12 @@ class OpenVinoEncoder:
         self.dim = graph.facts.dim
         self.max_tokens = graph.facts.max_tokens
         self._tokenizer_json = graph.tokenizer_path.read_text(encoding="utf-8")
-        compiled = compile_graph(ov, str(graph.model_path), dtype)
-        self.slots = 1 + max(1, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
-        self._idle = deque(compiled.create_infer_request() for _ in range(self.slots))
+        self._compiled = compile_graph(ov, str(graph.model_path), dtype)
+        self.slots = 1 + max(1, int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
+        self._idle = deque(self._compiled.create_infer_request() for _ in range(self.slots))
+        self._under_way: list[Any] = []
+        self._ended_early: dict[int, FloatMatrix | Exception] = {}
+        self._ran_out = False
 
     def __repr__(self) -> str:
         return f"<OpenVinoEncoder {self.name!r} {self.dtype} dim={self.dim} slots={self.slots}>"
@@ -66,20 +73,38 @@ class OpenVinoEncoder:
         except BaseException:
             self._idle.append(request)
             raise
+        self._under_way.append(request)
         return request, arrays  # the arrays must outlive the request's run
 
     def finish(self, handle: Any) -> FloatMatrix:
         """Wait for a batch: shape `(rows, dim)` float32."""
         request, _ = handle
-        try:
-            request.wait()
-            matrix: FloatMatrix = np.array(request.get_output_tensor(0).data[:, : self.dim], np.float32)
-        finally:
-            self._idle.append(request)
-        return matrix
+        ended = self._ended_early.pop(id(request), None)
+        if ended is None:
+            ended = self._end(request)
+        self._under_way.remove(request)
+        self._idle.append(request)
+        if isinstance(ended, Exception):
+            raise ended
+        return ended
 
     def free_memory(self) -> None:
-        """Nothing is kept between batches that could be given back."""
+        """Give buffers back, and bring the streams to rights: a run that ended for lack of memory leaves shapes behind.
+
+        Batches under way are waited for; `finish` then gives what became of them.
+        """
+        self._ran_out = True
+        for request in self._under_way:
+            if id(request) not in self._ended_early:
+                self._ended_early[id(request)] = self._end(request)
+        self._compiled.release_memory()
+        for _ in range(2):  # the first run of a stream may still fail for the last one's sake
+            for request in self._idle:
+                with suppress(RuntimeError, MemoryError):
+                    request.start_async(self._blank())
+            for request in self._idle:
+                with suppress(RuntimeError, MemoryError):
+                    request.wait()
 
     def fingerprint(self) -> Mapping[str, Any]:
         """That of the torch model, with this precision."""
@@ -89,6 +114,23 @@ class OpenVinoEncoder:
         """Model, device and versions."""
         versions = {**self._facts.versions, "openvino": version("openvino")}
         return {"model": self.name, "device": self.device, "backend": self.backend, "versions": versions}
+
+    def _end(self, request: Any) -> FloatMatrix | Exception:
+        """Wait for a request: its vectors, or what it failed of."""
+        try:
+            request.wait()
+            matrix: FloatMatrix = np.array(request.get_output_tensor(0).data[:, : self.dim], np.float32)
+        except Exception as error:
+            said = str(error).lower()
+            if self._ran_out and any(phrase in said for phrase in _BROKEN_STATE):
+                return MemoryError("an earlier batch that ran out of memory left the model in disorder")
+            return error.with_traceback(None)
+        return matrix
+
+    def _blank(self) -> list[Any]:
+        """The smallest batch there is: a row of one padding token."""
+        ids, mask = np.full((1, 1), self._facts.pad_id, np.int64), np.ones((1, 1), np.int64)
+        return [ids, mask, np.zeros_like(ids)] if self._facts.with_types else [ids, mask]
 
     def _rows(self, batch: Batch) -> list[Any]:
         longest, n_rows = batch.longest, len(batch.chunks)

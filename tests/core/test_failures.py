@@ -40,6 +40,15 @@ OUT_OF_MEMORY = [
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     OnnxFail("[ONNXRuntimeError] : 1 : FAIL : Failed to allocate memory for requested buffer of size 8388608"),
     RuntimeError("Exception from src/inference/src/cpp/infer_request.cpp: Exceeded max size of memory object"),
+    RuntimeError(
+        "Exception from src/plugins/intel_cpu/src/node.cpp:794:\n[CPU] Gather node with name 'embeddings/Gather' "
+        "Check 'ptr' failed at src/plugins/intel_cpu/src/cpu_memory.cpp:257:\nFailed to allocate 25165824 bytes"
+    ),
+    RuntimeError(
+        "Exception from src/plugins/intel_cpu/src/node.cpp:823:\n"
+        "[CPU] Transpose node with name 'Transpose_6383' can't alloc"
+    ),
+    RuntimeError("Exception from src/core/src/runtime/allocator.cpp:79:\nstd::bad_alloc"),
 ]
 FATAL = [
     AcceleratorError("CUDA error: an illegal memory access was encountered"),
