@@ -16,11 +16,11 @@ from asyncembed.consumer import LimitEstimator
 from asyncembed.encode_settings import options_of
 from asyncembed.encoders import Encoder, FloatMatrix
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
-from asyncembed.limits import estimator_for
 from asyncembed.loop_thread import LoopThread
 from asyncembed.memory import MemoryBudget
 from asyncembed.options import DEFAULT_SAVE_PATH, EmbedOptions
 from asyncembed.records import Chunk
+from asyncembed.remembering import LimitKeeper
 from asyncembed.resuming import encoder_for, fingerprint_of, recorded_in
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.writer import FolderWriter
@@ -89,6 +89,7 @@ class EmbeddingGenerator:
         self._splitter: TextSplitter | None = None
         self._splitter_is_ours = True
         self._estimator: LimitEstimator | None = None
+        self._limits: LimitKeeper | None = None
         self._steps: PipelineSteps | None = None
 
     def __repr__(self) -> str:
@@ -125,11 +126,10 @@ class EmbeddingGenerator:
     def limit_estimator(self) -> LimitEstimator:
         """The limit of a batch in padded tokens: a `TokenLimitEstimator` or your own. Reading it loads the model.
 
-        One for all runs: what it learnt in one, the next begins with.
+        One for all runs: what it learnt in one, the next begins with; it is also remembered for other processes,
+        unless it is your own.
         """
-        if self._estimator is None:
-            self._estimator = estimator_for(self._encoder().device)
-        return self._estimator
+        return self._estimator if self._estimator is not None else self._kept_limits().estimator
 
     @limit_estimator.setter
     def limit_estimator(self, estimator: LimitEstimator) -> None:
@@ -238,6 +238,8 @@ class EmbeddingGenerator:
         steps, self._steps = self._steps, None
         if steps is not None:
             steps.close()
+            if self._limits is not None:
+                self._limits.close()
 
     def __enter__(self) -> EmbeddingGenerator:
         """For `with`: the folder is closed at the end of the block."""
@@ -254,6 +256,12 @@ class EmbeddingGenerator:
         self._loaded = encoder_for(self._options, self._loaded, recorded or {})
         return self._loaded
 
+    def _kept_limits(self) -> LimitKeeper:
+        encoder = self._encoder()
+        if self._limits is None or self._limits.plain_encoder is not encoder:
+            self._limits = LimitKeeper(encoder)
+        return self._limits
+
     def _chosen_splitter(self) -> TextSplitter | None:
         own_counter = self._token_counter is not None and not isinstance(self._token_counter, TokenCounter)
         return self.text_splitter if own_counter or not self._splitter_is_ours else None
@@ -268,7 +276,12 @@ class EmbeddingGenerator:
         def advance() -> None:  # called only while the job runs: `stream`, which is made of it, is there by then
             self.progress_bar.update(before + stream.n_texts - self.progress_bar.n)
 
-        parts = JobParts(splitter=self._chosen_splitter(), estimator=self.limit_estimator, on_progress=advance)
+        parts = JobParts(
+            splitter=self._chosen_splitter(),
+            estimator=self._estimator,
+            limits=self._kept_limits() if self._estimator is None else None,
+            on_progress=advance,
+        )
         stream = EmbedStream(source, options, parts)
         return stream
 
@@ -293,7 +306,7 @@ class EmbeddingGenerator:
         if writer is not None:
             writer.claim(run_fingerprint(encoder, chunker, options), encoder.made_with())
         return PipelineSteps(
-            encoder,
+            encoder if self._estimator is not None else self._kept_limits().encoder,
             chunker,
             self.limit_estimator,
             Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from asyncembed.tuning import SpeedTuner
 
 DEFAULT_MIN_LIMIT = 16
@@ -10,13 +12,41 @@ SUCCESSES_TO_RISE = 8
 SUCCESSES_TO_FORGET = 512
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearntLimit:
+    """What one run learns for the next: padded tokens (rows × longest), all of them at least 1.
+
+    Attributes:
+        limit: The limit in use.
+        failed_at: The smallest size known to run out of memory; None if none is.
+        killed_at: The smallest size under way when a run was killed; None if none was.
+        fastest: The size that gave the most tokens per second; None if the search has not ended.
+        successes: Batches near the limit since a size failed last: after enough of them it is doubted.
+        is_old: The search for the fastest size is due again, beginning from what is known.
+    """
+
+    limit: int
+    failed_at: int | None = None
+    killed_at: int | None = None
+    fastest: int | None = None
+    successes: int = 0
+    is_old: bool = False
+
+    def after_kill(self, n_tokens: int) -> LearntLimit:
+        """What is known when a run was killed while it first ran `n_tokens` padded tokens: begin well below."""
+        killed_at = min(n_tokens, self.killed_at or n_tokens)
+        half = max(1, killed_at // 2)
+        fastest = self.fastest if self.fastest is not None and self.fastest <= half else None
+        return replace(self, limit=min(self.limit, half), killed_at=killed_at, fastest=fastest)
+
+
 class TokenLimitEstimator:
     """The current limit of a batch in padded tokens (rows × longest).
 
     Memory is learned by halving and bisecting: a failure at `n` puts the limit at half of it, and steady success
     near the limit raises it half-way towards the smallest size known to fail, until the two are within an eighth.
     A known failure is doubted after 512 successes near the limit, since the memory may have been a passing
-    neighbour's.
+    neighbour's. A size at which a run was killed is not doubted: the limit stays at half of it.
 
     Speed is learned by trying larger and smaller sizes on the first batches, where their seconds are given; see
     `tuning`. Memory has the last word.
@@ -27,13 +57,21 @@ class TokenLimitEstimator:
         initial_limit: The first limit, tried as given. None takes 2,048 (within `max_limit`).
         min_limit: Tuning never goes below this. A failure may.
         max_limit: The limit never passes this; None takes the start: it recovers from failures and grows no further.
+        learnt: What an earlier run learnt on this machine; its limit comes before `initial_limit`.
+        slots: Batches that the model has under way at once.
 
     Raises:
         ValueError: The bounds leave no room, or a limit is below 1.
     """
 
     def __init__(
-        self, initial_limit: int | None = None, min_limit: int = DEFAULT_MIN_LIMIT, max_limit: int | None = None
+        self,
+        initial_limit: int | None = None,
+        min_limit: int = DEFAULT_MIN_LIMIT,
+        max_limit: int | None = None,
+        *,
+        learnt: LearntLimit | None = None,
+        slots: int = 1,
     ) -> None:
         if initial_limit is not None and initial_limit < 1:
             raise ValueError(f"initial_limit={initial_limit} must be at least 1")
@@ -44,10 +82,19 @@ class TokenLimitEstimator:
         start = initial_limit if initial_limit is not None else DEFAULT_INITIAL_LIMIT
         self.min_limit = min_limit
         self.max_limit = max_limit if max_limit is not None else max(start, min_limit)
-        self._limit = start if initial_limit is not None else min(max(start, min_limit), self.max_limit)
-        self._failed_at: int | None = None
-        self._streak = 0
-        self._tuner = SpeedTuner(self._limit, min(min_limit, self._limit), self.max_limit)
+        start = start if initial_limit is not None else min(max(start, min_limit), self.max_limit)
+        known = learnt if learnt is not None else LearntLimit(limit=start)
+        self._failed_at, self._killed_at = known.failed_at, known.killed_at
+        self._streak = known.successes
+        self._room: int | None = None
+        self._knows_speed = known.fastest is not None
+        tuned = min(known.fastest if known.fastest is not None else start, self.max_limit)
+        # A size that failed, or was killed for, ends the search for speed: it would lead back there.
+        settled = known.failed_at is not None or known.killed_at is not None or (self._knows_speed and not known.is_old)
+        self._tuner = SpeedTuner(tuned, min(min_limit, tuned), self.max_limit, slots=slots, settled=settled)
+        self._limit = start
+        if learnt is not None:
+            self._limit = max(1, min(known.limit, self._ceiling()))
 
     def __call__(self) -> int:
         """The current limit in padded tokens, at least 1."""
@@ -60,6 +107,18 @@ class TokenLimitEstimator:
     def failed_at(self) -> int | None:
         """The smallest size in padded tokens known to fail; None if none is."""
         return self._failed_at
+
+    def learnt(self) -> LearntLimit:
+        """What the next run should know."""
+        tuner = self._tuner
+        return LearntLimit(
+            limit=self._limit if tuner.is_settled else max(1, min(tuner.best, self._ceiling())),
+            failed_at=self._failed_at,
+            killed_at=self._killed_at,
+            fastest=tuner.best if self._knows_speed or (tuner.is_settled and tuner.has_measured) else None,
+            successes=self._streak,
+            is_old=self._knows_speed and not tuner.is_settled,
+        )
 
     def succeed(self, n_tokens: int, seconds: float | None = None) -> None:
         """A batch of `n_tokens` padded tokens ran, in `seconds` where they were measured."""
@@ -83,10 +142,26 @@ class TokenLimitEstimator:
         self._streak = 0
         self._tuner.settle_below(n_tokens)
 
+    def keep_below(self, n_tokens: int) -> None:
+        """There is memory for no more than so many padded tokens at the moment: no larger batch is tried.
+
+        May be called from another thread than the rest: it sets a number, which the next batch heeds.
+        """
+        self._room = max(1, n_tokens)
+        self._limit = min(self._limit, self._room)
+
     def _ceiling(self) -> int:
         """The largest limit that nothing known speaks against: at least 1."""
-        wanted = min(self.max_limit, self._tuner.size if self._tuner.has_measured else self.max_limit)
-        return wanted if self._failed_at is None else max(1, min(wanted, self._failed_at - 1))
+        ceiling = self.max_limit
+        if self._tuner.has_measured or self._knows_speed:
+            ceiling = min(ceiling, self._tuner.size)
+        if self._failed_at is not None:
+            ceiling = min(ceiling, self._failed_at - 1)
+        if self._killed_at is not None:
+            ceiling = min(ceiling, self._killed_at // 2)
+        if self._room is not None:
+            ceiling = min(ceiling, self._room)
+        return max(1, ceiling)
 
     def _rise(self) -> None:
         ceiling = self._ceiling()
@@ -105,13 +180,23 @@ def initial_limit(device: str) -> int:
     return 1024 if device.startswith("cpu") else 16_384
 
 
-def estimator_for(device: str, token_limit: int | None = None) -> TokenLimitEstimator:
+def estimator_for(
+    device: str, token_limit: int | None = None, *, learnt: LearntLimit | None = None, slots: int = 1
+) -> TokenLimitEstimator:
     """The estimator of a job.
 
     Args:
         device: Where the model runs.
-        token_limit: The user's own first limit; None for the device's.
+        token_limit: The user's own first limit; None for what was learnt, or the device's.
+        learnt: What an earlier run learnt on this machine; unused if the user chose.
+        slots: Batches that the model has under way at once.
     """
     start = token_limit if token_limit is not None else initial_limit(device)
     largest = 8 * initial_limit(device) if device.startswith("cpu") else 16 * initial_limit(device)
-    return TokenLimitEstimator(start, min_limit=min(128, start), max_limit=max(start, largest))
+    return TokenLimitEstimator(
+        start,
+        min_limit=min(128, start),
+        max_limit=max(start, largest),
+        learnt=learnt if token_limit is None else None,
+        slots=slots,
+    )

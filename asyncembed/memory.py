@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -60,14 +62,58 @@ def cgroup_available(root: Path = _CGROUP_ROOT, proc: Path = Path("/proc")) -> i
     )
     available: list[int] = []
     for base, own, limit_name, usage_name, cache_name in layouts:
-        own_folder = base / own.lstrip("/")
-        for folder in (own_folder, *own_folder.parents):
-            if not folder.is_relative_to(base):
-                break
+        for folder in _folders(base, own):
             limit, usage = _read_int(folder / limit_name), _read_int(folder / usage_name)
             if limit is not None and usage is not None:
                 available.append(max(0, limit - usage + _inactive_file(folder / "memory.stat", cache_name)))
     return min(available, default=None)
+
+
+def _folders(base: Path, own: str) -> Iterator[Path]:
+    """A cgroup's folder and its parents', up to the top of the hierarchy."""
+    own_folder = base / own.lstrip("/")
+    for folder in (own_folder, *own_folder.parents):
+        if not folder.is_relative_to(base):
+            return
+        yield folder
+
+
+def memory_bound(root: Path = _CGROUP_ROOT, proc: Path = Path("/proc")) -> int:
+    """Bytes that this process could ever have: the machine's, its cgroups' limits, or its own limit, the smallest."""
+    v2, v1 = _own_paths(proc)
+    bounds = [int(psutil.virtual_memory().total)]
+    for base, own, name in ((root, v2, "memory.max"), (root / "memory", v1, "memory.limit_in_bytes")):
+        limits = (_read_int(folder / name) for folder in _folders(base, own))
+        bounds += [limit for limit in limits if limit is not None]
+    if sys.platform != "win32":
+        import resource
+
+        limits_set = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+        bounds += [limit for limit in limits_set if limit != resource.RLIM_INFINITY]
+    return min(bounds)
+
+
+def peak_rss_bytes() -> int:
+    """Most resident memory of this process so far, in bytes; the present one where the system keeps no peak."""
+    if sys.platform == "win32":
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def tokens_that_fit(n_free: int, bytes_per_token: float, slots: int = 1) -> int:
+    """Padded tokens of a batch for which half of the free memory is enough, `slots` of them at once; at least 1.
+
+    The other half is for the texts in flight, and for what neighbours take in the meantime.
+
+    Args:
+        n_free: Bytes that can still be taken.
+        bytes_per_token: What a padded token takes while its batch runs.
+        slots: Batches that the model has under way at once.
+    """
+    return max(1, int(n_free / (2 * slots * bytes_per_token)))
 
 
 def available_bytes() -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from asyncembed.admission import life_bytes
 from asyncembed.assembly import Assembled, Assembler
+from asyncembed.backing_off import chunk_backing_off
 from asyncembed.chunking import Chunker
 from asyncembed.consumer import LimitEstimator, current_limit
 from asyncembed.encoders import Encoder, FailureKind, FloatMatrix, classify
@@ -60,6 +61,7 @@ class PipelineSteps:
         self._writer = writer
         self._heap = ChunkHeap()
         self._retries: deque[Batch] = deque()
+        self._timed: tuple[Sequence[Chunk], float] = ((), 0.0)
         self._intake = StepIntake(max_bytes, self._life_of, self._reject)
         self._leaders: dict[str, Pending] = {}
         self._finished: deque[Pending] = deque()
@@ -120,6 +122,7 @@ class PipelineSteps:
         while outcome is None or outcome.batch is not batch:
             outcome = self._runner.advance(None)
         if outcome.vectors is not None:
+            self._timed = (batch.chunks, outcome.seconds)
             return outcome.vectors
         if outcome.error is None:
             raise AssertionError("a batch without vectors has an error: this is a bug")
@@ -129,8 +132,15 @@ class PipelineSteps:
         raise ModelOutOfMemoryError(f"{len(chunks)} chunks do not fit into memory together: {message}")
 
     def succeed(self, chunks: Sequence[Chunk], vectors: FloatMatrix, seconds: float | None = None) -> None:
-        """Their vectors are right: the limit learns, and texts that are complete wait to be saved."""
+        """Their vectors are right: the limit learns, and texts that are complete wait to be saved.
+
+        Args:
+            chunks: The chunks.
+            vectors: Shape `(len(chunks), dim)` float32.
+            seconds: What it took; None if it was the last that `embed` was given.
+        """
         if chunks:
+            seconds = seconds if seconds is not None else self._seconds_of(chunks)
             self._estimator.succeed(Batch(tuple(chunks)).padded_tokens, seconds)
             for done in self._assembler.add(chunks, vectors):
                 self._finish(done)
@@ -211,6 +221,11 @@ class PipelineSteps:
         if self._writer is not None:
             self._writer.close()
 
+    def _seconds_of(self, chunks: Sequence[Chunk]) -> float | None:
+        timed, seconds = self._timed
+        is_last = len(timed) == len(chunks) and all(one is other for one, other in zip(timed, chunks, strict=True))
+        return seconds if is_last else None
+
     def _has_room(self) -> bool:
         if len(self._heap) >= WINDOW_CHUNKS or len(self._finished) >= UNSAVED_TEXTS:
             return False
@@ -274,7 +289,7 @@ class PipelineSteps:
         """Make chunks of new texts; each is known to heap and assembler by its position."""
         if not group:
             return
-        results = self._chunker.chunk([(pending.index, pending.text, 0) for pending in group])
+        results = chunk_backing_off(self._chunker.chunk, [(pending.index, pending.text, 0) for pending in group])
         for pending, result in zip(group, results, strict=True):
             if result.error is not None:
                 self._finish(Assembled(pending.index, None, error=result.error))

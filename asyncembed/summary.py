@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -68,16 +67,6 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """All numbers by name, as `--json` prints them."""
         return asdict(self)
-
-
-def peak_rss_bytes() -> int:
-    """Most resident memory of this process so far, in bytes; the present one where the system keeps no peak."""
-    if sys.platform == "win32":
-        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def process_seconds() -> float:

@@ -49,20 +49,23 @@ class WorkerThread:
         """
         return await asyncio.wrap_future(self.submit(function, *args, **kwargs))
 
-    async def aclose(self) -> None:
+    async def aclose(self, last: Callable[[], object] | None = None) -> None:
         """Drop the calls that have not begun, wait for the one under way, and end the thread. Idempotent.
 
         Cancelled while waiting, it leaves the thread to end by itself after its last call.
+
+        Args:
+            last: Called in the thread after all others, whatever becomes of who waits.
         """
         if self._closed:
             return
         self._closed = True
         for future in list(self._pending):
             future.cancel()
-        last = self._executor.submit(_nothing)
+        ended = self._executor.submit(last or _nothing)
         self._executor.shutdown(wait=False)
         with anyio.CancelScope(shield=True):
-            await asyncio.wrap_future(last)
+            await asyncio.wrap_future(ended)
         self._executor.shutdown(wait=True)  # the thread has nothing left to do: this join takes microseconds
 
 

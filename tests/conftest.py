@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
+import platformdirs
 import pytest
 
 from asyncembed import EmbedOptions, load_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTES = ROOT / "examples" / "notes.csv"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own, also for the processes they start: what a test learns is not the user's.
+
+    All else that lies in the user's cache, such as graphs, is there as a link: making it anew takes long.
+    """
+    own = tmp_path_factory.mktemp("cache")
+    theirs = Path(platformdirs.user_cache_dir())
+    ours = Path(platformdirs.user_cache_dir("asyncembed"))
+    (own / "asyncembed").mkdir()
+    for name in ("graphs", "weights"):
+        (ours / name).mkdir(parents=True, exist_ok=True)
+        (own / "asyncembed" / name).symlink_to(ours / name)
+    for path in theirs.iterdir():
+        if path != ours:
+            (own / path.name).symlink_to(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(own))
+        yield own
+
+
+@pytest.fixture(autouse=True)
+def nothing_learnt(cache_folder: Path) -> None:
+    """Every test begins on a machine that has learnt nothing of any model's batches."""
+    shutil.rmtree(cache_folder / "asyncembed" / "limits", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from asyncembed.encoders import Encoder, load_encoder
 from asyncembed.engine import Engine
 from asyncembed.errors import AsyncEmbedError, ClosedError, ModelError
 from asyncembed.lane import Lane
-from asyncembed.limits import estimator_for
 from asyncembed.options import EmbedOptions
+from asyncembed.remembering import LimitKeeper
 from asyncembed.threads import WorkerThread
 
 logger = logging.getLogger("asyncembed")
@@ -51,6 +51,7 @@ class EmbedderLife:
         self._lane: Lane | None = None
         self._desk: Desk | None = None
         self._error: Exception | None = None
+        self._limits: LimitKeeper | None = None
 
     def __repr__(self) -> str:
         desk = f" {self._desk!r}" if self._desk is not None else ""
@@ -126,7 +127,8 @@ class EmbedderLife:
         """Load the model and work until the end; whatever ends it, everyone who waits is told."""
         try:
             encoder, chunkers = await self._model_thread.run(_load, self.options)
-            engine, lane = self._open(encoder, chunkers)
+            self._limits = await self._model_thread.run(LimitKeeper, encoder, self.options.token_limit)
+            engine, lane = self._open(self._limits, chunkers)
             self._ready.set()
             async with anyio.create_task_group() as group:
                 group.start_soon(self._guard, lane.run, group.cancel_scope)
@@ -142,7 +144,7 @@ class EmbedderLife:
                 self._engine.break_lanes(self._why_ended())
                 self._desk.fail_all(self._why_ended)
             self._ready.set()
-            await self._model_thread.aclose()
+            await self._model_thread.aclose(self._limits.close if self._limits is not None else None)
 
     async def _guard(self, work: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
         """Run one half of the engine; an error of it ends the other half too."""
@@ -153,11 +155,11 @@ class EmbedderLife:
                 self._error = error
             scope.cancel()
 
-    def _open(self, encoder: Encoder, chunkers: PromptChunkers) -> tuple[Engine, Lane]:
+    def _open(self, limits: LimitKeeper, chunkers: PromptChunkers) -> tuple[Engine, Lane]:
         options = self.options
         engine = Engine(
-            encoder,
-            estimator_for(encoder.device, options.token_limit),
+            limits.encoder,
+            limits.estimator,
             model_thread=self._model_thread,
             max_rows=options.batch_size,
         )
@@ -165,7 +167,7 @@ class EmbedderLife:
         lane = engine.open_lane(chunkers, assembler)
         self._desk = Desk(
             lane,
-            encoder.dim,
+            limits.encoder.dim,
             chunkers.chunk_size,
             options.chunk_overlap,
             max_bytes=self._max_bytes,

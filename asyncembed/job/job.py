@@ -26,14 +26,14 @@ from asyncembed.job.loading import load_all
 from asyncembed.job.lookup import Lookup
 from asyncembed.job.pending import Pending
 from asyncembed.lane import BULK, Lane, Submission
-from asyncembed.limits import estimator_for
-from asyncembed.memory import MemoryBudget
+from asyncembed.memory import MemoryBudget, peak_rss_bytes
 from asyncembed.options import EmbedOptions
 from asyncembed.records import EmbeddedText, Rejected
+from asyncembed.remembering import LimitKeeper
 from asyncembed.sinks import JsonStore
 from asyncembed.sources import TextFeed
 from asyncembed.splitting import TextSplitter
-from asyncembed.summary import Summary, peak_rss_bytes, process_seconds
+from asyncembed.summary import Summary, process_seconds
 from asyncembed.threads import WorkerThread
 
 logger = logging.getLogger("asyncembed")
@@ -45,7 +45,8 @@ class JobParts:
 
     Attributes:
         splitter: Splits long texts.
-        estimator: The limit of a batch.
+        estimator: The limit of a batch; nothing is remembered of it.
+        limits: What is known of the model's batches; None recalls it, unless there is an `estimator`.
         want_results: Whether somebody reads the results; if not, each ends when it is saved, and vectors saved
             earlier are not read back.
         on_loaded: Called on the event loop when the model is ready.
@@ -55,6 +56,7 @@ class JobParts:
 
     splitter: TextSplitter | None = None
     estimator: LimitEstimator | None = None
+    limits: LimitKeeper | None = None
     want_results: bool = True
     on_loaded: Callable[[], None] | None = None
     on_progress: Callable[[], None] | None = None
@@ -79,6 +81,7 @@ class Job:
         self._results_in: MemoryObjectSendStream[tuple[Pending, EmbeddedText]] = send
         self._options = options
         self._parts = parts
+        self._limits = parts.limits
         self._budget = MemoryBudget(options.max_memory_bytes)
         self.admission = AdmissionQueue(self._budget.max_bytes, self._budget.exceeded)
         self._intake = Intake(
@@ -186,7 +189,8 @@ class Job:
             self._results_in.close()
             self._delivery.discard()
             await self._lookup.aclose()
-            await self._model_thread.aclose()
+            # Last, whatever ended the run: a note of a batch that was left behind would look like a death.
+            await self._model_thread.aclose(self._limits.close if self._limits is not None else None)
 
     async def _run_with_store(self) -> None:
         if self._store is None:
@@ -232,12 +236,25 @@ class Job:
         return loaded
 
     async def _run_stages(self, encoder: Encoder, chunker: Chunker) -> None:
+        # 1. The engine is another's.   2. The limit is the user's own.   3. What was learnt before, and is from here on.
+        if self._engine is not None:
+            await self._run_engine(self._engine, chunker)
+            return
+        if self._parts.estimator is not None:
+            await self._run_engine(self._new_engine(encoder, self._parts.estimator), chunker)
+            return
+        if self._limits is None:
+            self._limits = await self._model_thread.run(LimitKeeper, encoder, self._options.token_limit)
+        await self._run_engine(self._new_engine(self._limits.encoder, self._limits.estimator), chunker)
+
+    def _new_engine(self, encoder: Encoder, estimator: LimitEstimator) -> Engine:
+        return Engine(encoder, estimator, model_thread=self._model_thread, max_rows=self._options.batch_size)
+
+    async def _run_engine(self, engine: Engine, chunker: Chunker) -> None:
         options = self._options
-        if self._engine is None:
-            estimator = self._parts.estimator or estimator_for(encoder.device, options.token_limit)
-            self._engine = Engine(encoder, estimator, model_thread=self._model_thread, max_rows=options.batch_size)
-        self._before = replace(self._engine.statistics().consumer)
-        self._lane = lane = self._engine.open_lane(
+        self._engine = engine
+        self._before = replace(engine.statistics().consumer)
+        self._lane = lane = engine.open_lane(
             partial(_chunk, chunker),
             Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim),
             may_compute=lambda: self._delivery.has_room,
@@ -250,12 +267,12 @@ class Job:
             lane.stop()
         async with anyio.create_task_group() as group:
             if self._parts.host is None:
-                group.start_soon(self._engine.run)
-            group.start_soon(self._admit_and_look_up, lane, encoder.dim, chunker.chunk_size)
+                group.start_soon(engine.run)
+            group.start_soon(self._admit_and_look_up, lane, engine.encoder.dim, chunker.chunk_size)
             group.start_soon(self._delivery.run)
             await lane.run()
             if self._parts.host is None:
-                self._engine.close()
+                engine.close()
             self._delivery.close()
         self._is_over, self._saved_at = True, time.perf_counter()
         if self._intake.error is None and not self._intake.reached_end and not self.summary.stopped:

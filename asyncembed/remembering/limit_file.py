@@ -1,0 +1,212 @@
+"""One small file for each model and device in the user's cache folder, and a note while a larger batch is tried.
+
+The file appears whole or not at all, and one that is damaged is as good as none. A note is a file of its own with the
+process that wrote it: found after that process has died, the batch it tells of was the last thing that it did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import psutil
+
+from asyncembed.limits import LearntLimit
+
+logger = logging.getLogger("asyncembed")
+
+_FORMAT = 1
+_CLOCK_SLACK_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remembered:
+    """What is kept of a model on a device.
+
+    Attributes:
+        learnt: The limit and the size, in padded tokens.
+        largest: The largest batch in padded tokens that has run here; 0 if none has.
+        bytes_per_token: What a padded token of it took while it ran; None if that was never measured.
+        tuned_at: When the fastest size was found, in seconds since 1970; None if it was not.
+        killed_on: When a run was killed last, in seconds since 1970; None if none was.
+    """
+
+    learnt: LearntLimit
+    largest: int = 0
+    bytes_per_token: float | None = None
+    tuned_at: float | None = None
+    killed_on: float | None = None
+
+
+def limits_root() -> Path:
+    """Where what was learnt is kept."""
+    return Path(platformdirs.user_cache_dir("asyncembed")) / "limits"
+
+
+class LimitFile:
+    """The file of one model on one device. All that is blocking here takes a millisecond or so.
+
+    Args:
+        facts: What tells it from all others: model, backend, precision, device, memory.
+        root: The folder; None for the user's own.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], root: Path | None = None) -> None:
+        self._facts = dict(facts)
+        self._root = root if root is not None else limits_root()
+        self._key = hashlib.sha256(json.dumps([_FORMAT, self._facts], sort_keys=True).encode()).hexdigest()[:40]
+        self._note = self._root / f"{self._key}.{os.getpid()}-{uuid.uuid4().hex[:8]}.trial"
+        self._warned = False
+
+    def __repr__(self) -> str:
+        return f"<LimitFile {self.path}>"
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._root / f"{self._key}.json"
+
+    def load(self) -> Remembered | None:
+        """What is remembered; None if nothing is, or the file is damaged."""
+        try:
+            return _decode(json.loads(self.path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.info("what was learnt of batches cannot be read from %s (%s); it is learnt anew", self.path, error)
+            return None
+
+    def store(self, remembered: Remembered) -> None:
+        """Keep it, in place of what was there. A cache that cannot be written is warned of once."""
+        data = json.dumps({**self._facts, "remembered": _encode(remembered)}, indent=1).encode()
+        temporary = self._note.with_suffix(".tmp")
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(self.path)
+        except OSError as error:
+            self._cannot_write(error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+    def begin_trial(self, n_tokens: int) -> None:
+        """Note that a batch of `n_tokens` padded tokens is about to run, flushed to the disk before this returns."""
+        process = psutil.Process()
+        note = {"n_tokens": n_tokens, "pid": process.pid, "started": process.create_time()}
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            with self._note.open("wb") as file:
+                file.write(json.dumps(note).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self._cannot_write(error)
+
+    def end_trial(self) -> None:
+        """The batch of the note did not kill the process. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._note.unlink(missing_ok=True)
+
+    def take_deaths(self) -> list[int]:
+        """Padded tokens of the batches that dead processes had noted; their notes are removed.
+
+        Of two processes that ask at once, only one is told of a note.
+        """
+        deaths: list[int] = []
+        for note in self._root.glob(f"{self._key}.*.trial"):
+            try:
+                facts = json.loads(note.read_bytes())
+                n_tokens = int(facts["n_tokens"])
+                if n_tokens < 1 or _is_alive(int(facts["pid"]), float(facts["started"])):
+                    continue
+                note.unlink()
+                deaths.append(n_tokens)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, KeyError, TypeError):
+                if _age_s(note) > 60:  # of a process that died while it wrote it
+                    with contextlib.suppress(OSError):
+                        note.unlink()
+        return deaths
+
+    def _cannot_write(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning("what is learnt of batches cannot be kept for the next run: %s", error)
+
+
+def _is_alive(pid: int, started: float) -> bool:
+    """Whether the process of that number is still the one that started then: numbers are used again."""
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < _CLOCK_SLACK_S
+    except psutil.AccessDenied:
+        return True
+    except psutil.Error:
+        return False
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _encode(remembered: Remembered) -> dict[str, Any]:
+    learnt = remembered.learnt
+    return {
+        "limit": learnt.limit,
+        "failed_at": learnt.failed_at,
+        "killed_at": learnt.killed_at,
+        "fastest": learnt.fastest,
+        "successes": learnt.successes,
+        "largest": remembered.largest,
+        "bytes_per_token": remembered.bytes_per_token,
+        "tuned_at": remembered.tuned_at,
+        "killed_on": remembered.killed_on,
+    }
+
+
+def _decode(data: Any) -> Remembered:
+    found = data["remembered"]
+    limit = _count(found["limit"])
+    if limit is None:
+        raise ValueError("there is no limit in it")
+    learnt = LearntLimit(
+        limit=limit,
+        failed_at=_count(found["failed_at"]),
+        killed_at=_count(found["killed_at"]),
+        fastest=_count(found["fastest"]),
+        successes=_count(found["successes"], least=0) or 0,
+    )
+    return Remembered(
+        learnt=learnt,
+        largest=_count(found["largest"], least=0) or 0,
+        bytes_per_token=_amount(found["bytes_per_token"]),
+        tuned_at=_amount(found["tuned_at"]),
+        killed_on=_amount(found["killed_on"]),
+    )
+
+
+def _count(value: Any, least: int = 1) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f"{value!r} is no number of tokens")
+    return value
+
+
+def _amount(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"{value!r} is no amount")
+    return float(value)

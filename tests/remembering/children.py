@@ -1,0 +1,101 @@
+"""Jobs run in processes of their own, as `python -m tests.remembering.children WHAT …`: each prints a JSON object."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import psutil
+
+from asyncembed import Batch, EmbedOptions, Encoder, embed_stream, load_encoder
+from asyncembed.encoders import FloatMatrix
+from asyncembed.records import Chunk
+
+MIB = 1 << 20
+
+
+def row_batch(n_rows: int, length: int) -> Batch:
+    """Rows of so many tokens."""
+    ids = np.full(length, 1000, np.int32)
+    return Batch(tuple(Chunk(owner, 0, "x", 0, ids, length - 2) for owner in range(n_rows)))
+
+
+def long_texts(n_texts: int) -> Iterator[str]:
+    """Distinct texts of about 250 tokens, each one chunk: batches of a hundred rows or so."""
+    for number in range(n_texts):
+        yield f"{number} " + "the boat left the harbour before the storm. " * 27
+
+
+class Killed:
+    """The real model; a batch larger than `kill_above` padded tokens ends the process as the kernel would."""
+
+    def __init__(self, encoder: Encoder, kill_above: int) -> None:
+        self.name, self.device, self.backend, self.dtype = encoder.name, encoder.device, encoder.backend, encoder.dtype
+        self.dim, self.max_tokens, self.prompt, self.slots = encoder.dim, encoder.max_tokens, encoder.prompt, 1
+        self._encoder = encoder
+        self._kill_above = kill_above
+
+    def tokenizer(self) -> Any:
+        return self._encoder.tokenizer()
+
+    def start(self, batch: Batch) -> Any:
+        if batch.padded_tokens > self._kill_above:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._encoder.start(batch)
+
+    def finish(self, handle: Any) -> FloatMatrix:
+        return self._encoder.finish(handle)
+
+    def free_memory(self) -> None:
+        self._encoder.free_memory()
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        return self._encoder.fingerprint()
+
+    def made_with(self) -> Mapping[str, Any]:
+        return self._encoder.made_with()
+
+
+async def run(encoder: Encoder, n_texts: int, **options: Any) -> dict[str, Any]:
+    """A job without a folder, and its numbers."""
+    async with embed_stream(long_texts(n_texts), model=encoder, save_path=None, **options) as stream:
+        errors = {record.error async for record in stream}
+    return {**stream.summary.as_dict(), "errors": sorted(filter(None, errors))}
+
+
+def killed(kill_above: int, n_texts: int) -> dict[str, Any]:
+    """A job whose large batches kill it."""
+    encoder = load_encoder(EmbedOptions(device="cpu", backend="openvino"))
+    return asyncio.run(run(Killed(encoder, kill_above), n_texts))
+
+
+def exhausted(backend: str, n_mib: int, n_texts: int, n_bytes: int = 0) -> dict[str, Any]:
+    """A job in a process that may take `n_mib` MiB of address space more than a loaded model needs, or `n_bytes` in all.
+
+    The model says that it runs on an accelerator: the first limit of one, 16,384 tokens, is what does not fit.
+    """
+    encoder = load_encoder(EmbedOptions(device="cpu", backend=backend))  # type: ignore[arg-type]
+    for _ in range(2):
+        encoder.finish(encoder.start(row_batch(4, 256)))
+    tokenizer = encoder.tokenizer()
+    tokenizer.tokenize(list(long_texts(64)))
+    encoder.device = "accelerator:0"
+    n_bytes = n_bytes or psutil.Process().memory_info().vms + n_mib * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
+    return {**asyncio.run(run(encoder, n_texts, max_memory_usage=64 * MIB)), "n_bytes": n_bytes}
+
+
+if __name__ == "__main__":
+    what, *arguments = sys.argv[1:]
+    if what == "killed":
+        found = killed(int(arguments[0]), int(arguments[1]))
+    else:
+        found = exhausted(arguments[0], *map(int, arguments[1:]))
+    print(json.dumps(found))
