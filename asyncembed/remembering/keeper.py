@@ -166,7 +166,7 @@ class LimitKeeper:
     def _measure(self, n_tokens: int) -> None:
         """What a token takes while its batch runs: seen when the process has reached a new peak."""
         peak = peak_rss_bytes()
-        if self._shares_memory and peak > self._peak_before:
+        if self._shares_memory and peak > max(self._peak_before, self._rss_before):
             self._bytes_per_token = (peak - self._rss_before) / n_tokens
             self._look()
 

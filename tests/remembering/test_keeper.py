@@ -175,14 +175,14 @@ def test_keeper_limit_of_the_user_is_neither_remembered_nor_kept(file: LimitFile
 
 
 def test_keeper_remembered_limit_that_proves_wrong_is_corrected(file: LimitFile) -> None:
-    file.store(replace(SEEN, learnt=LearntLimit(limit=8000, fastest=8000)))
+    file.store(replace(SEEN, learnt=LearntLimit(limit=4000, fastest=4000)))
     keeper = LimitKeeper(FakeEncoder(), file=file, clock=lambda: 6.0)
-    assert keeper.estimator() == 8000
-    keeper.estimator.fail(8000)
+    assert keeper.estimator() == 4000
+    keeper.estimator.fail(4000)
     keeper.before(100)  # the next batch: what failed is known from here on, however the run ends
     found = file.load()
     assert found is not None
-    assert (found.learnt.limit, found.learnt.failed_at) == (4000, 8000)
+    assert (found.learnt.limit, found.learnt.failed_at) == (2000, 4000)
 
 
 def test_keeper_known_failure_is_doubted_over_several_runs(file: LimitFile) -> None:
@@ -295,25 +295,29 @@ def child(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is not enforced elsewhere")
-def test_real_exhaustion_torch_finishes_every_text_and_the_next_run_knows(cache_folder: Path) -> None:
-    first = json.loads(child("exhausted", "torch", "200", "60").stdout)
-    assert (first["embedded"], first["failed"], first["errors"]) == (60, 0, [])
+@pytest.mark.parametrize(("backend", "n_mib"), [("torch", 100), ("openvino", 250)])
+def test_real_exhaustion_finishes_every_text_and_the_next_job_knows(
+    backend: str, n_mib: int, cache_folder: Path
+) -> None:
+    done = child("exhausted", backend, str(n_mib), "50")
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    assert (first["embedded"], first["failed"], first["errors"]) == (50, 0, [])
     assert first["ooms"] > 0
     assert first["token_limit"] < 16_384
-    second = json.loads(child("exhausted", "torch", "200", "60", str(first["n_bytes"])).stdout)
-    assert (second["embedded"], second["ooms"]) == (60, 0)
-    (path,) = (cache_folder / "asyncembed" / "limits").glob("*.json")
-    data = json.loads(path.read_bytes())
-    assert data["remembered"]["limit"] <= second["token_limit"]
+    assert (second["embedded"], second["failed"]) == (50, 0)
+    assert second["ooms"] < first["ooms"]
+    assert len(limits_in(cache_folder)) == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is not enforced elsewhere")
-def test_real_exhaustion_openvino_finishes_every_text() -> None:
-    done = child("exhausted", "openvino", "250", "60")
+@pytest.mark.parametrize(("n_texts", "n_chars"), [(10_000, 44), (6, 400_000)])
+def test_memory_is_held_however_fast_the_source_is(n_texts: int, n_chars: int) -> None:
+    budget = 48 << 20
+    done = child("held", str(n_texts), str(n_chars), str(budget))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["embedded"], found["failed"], found["errors"]) == (60, 0, [])
-    assert found["ooms"] > 0
+    assert found["embedded"] == n_texts
+    assert found["above_model"] <= budget + (16 << 20)  # the libraries that the first long text loads
 
 
 # --- headroom ---

@@ -1,0 +1,73 @@
+"""Memory that runs out in earnest, and memory that is held."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+from tests.soak.figures import Figures
+
+LIMITS = (("torch", 100), ("torch", 200), ("torch", 300), ("openvino", 250), ("openvino", 300))
+"""Backend, and MiB of address space above the loaded model."""
+
+N_TEXTS = 200
+HELD = ((1_000_000, 44, 256 << 20), (3, 5_000_000, 256 << 20))
+"""Texts, characters of each, and the budget."""
+
+
+def storm(seed: int, work: Path) -> Iterator[Figures]:
+    """Jobs that do not fit at five limits, each with a second one that knows it; then sources faster than the model.
+
+    Nothing here is random, so the seed is not used.
+    """
+    for number, (backend, n_mib) in enumerate(LIMITS):
+        yield _exhausted(backend, n_mib, work / str(number))
+    for n_texts, n_chars, budget in HELD:
+        yield _held(n_texts, n_chars, budget, work)
+
+
+def _exhausted(backend: str, n_mib: int, cache: Path) -> Figures:
+    name = f"{backend}, model + {n_mib} MiB"
+    code, found = _child(cache, "exhausted", backend, str(n_mib), str(N_TEXTS))
+    if found is None:
+        return Figures(name, {"exit code": code}, (f"the job ended with code {code}",))
+    first, second = found
+    broken = []
+    if first["embedded"] != N_TEXTS or second["embedded"] != N_TEXTS:
+        broken.append(f"{first['embedded']} and {second['embedded']} of {N_TEXTS} texts embedded")
+    if first["ooms"] and second["ooms"] >= first["ooms"]:
+        broken.append("the second job ran out of memory as often")
+    figures = {
+        "texts": first["texts"],
+        "finished": first["embedded"],
+        "ooms": first["ooms"],
+        "limit": first["token_limit"],
+        "peak MB": first["peak_rss_bytes"] // 10**6,
+        "second job's ooms": second["ooms"],
+    }
+    return Figures(name, figures, tuple(broken))
+
+
+def _held(n_texts: int, n_chars: int, budget: int, work: Path) -> Figures:
+    name = f"{n_texts:,} texts of {n_chars:,} characters, {budget // 10**6} MB allowed"
+    code, found = _child(work / "held", "held", str(n_texts), str(n_chars), str(budget))
+    if found is None:
+        return Figures(name, {"exit code": code}, (f"the job ended with code {code}",))
+    above = found["above_model"]
+    broken = (f"it took {above} bytes",) if above > budget else ()
+    return Figures(name, {"finished": found["embedded"], "peak above the model, MB": above // 10**6}, broken)
+
+
+def _child(cache: Path, *arguments: str) -> tuple[int, Any]:
+    """Exit code and printed object of a job in a process of its own, with a cache of its own."""
+    cache.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, "-m", "tests.remembering.children", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads(done.stdout) if done.returncode == 0 else None
