@@ -532,3 +532,46 @@ async def test_run_device_that_fails_to_free_memory_still_backs_off() -> None:
     bench, items = Bench(Clumsy(error_of=too_large), TokenLimitEstimator(1000)), chunks([10] * 30)
     await bench.run(items)
     bench.check_all_once(items, failed=[])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=20, max_size=200),
+    capacities=st.lists(st.integers(60, 600), min_size=1, max_size=6),
+    every=st.integers(1, 20),
+    slots=st.integers(1, 3),
+    limit=st.integers(1, 2000),
+)
+def test_run_memory_that_shrinks_and_grows_fails_no_text_and_ends_below_it(
+    lengths: list[int], capacities: list[int], every: int, slots: int, limit: int
+) -> None:
+    async def go() -> None:
+        number = 0
+
+        def error_of(batch: Batch) -> Exception | None:
+            nonlocal number
+            number += 1
+            capacity = capacities[min(number // every, len(capacities) - 1)]
+            return MemoryError() if batch.padded_tokens > capacity else None
+
+        bench, items = Bench(FakeEncoder(slots=slots, error_of=error_of), TokenLimitEstimator(limit)), chunks(lengths)
+        await bench.run(items)
+        bench.check_all_once(items)
+        # Each size of memory costs a halving down to it and a bisection, in every slot and in what stands ready.
+        halvings = math.log2(max(2, limit)) + 8
+        assert bench.consumer.statistics.ooms <= len(capacities) * halvings * (slots + 2)
+
+    asyncio.run(go())
+
+
+async def test_run_chunk_that_does_not_fit_at_first_is_tried_again_when_memory_is_back() -> None:
+    tries = 0
+
+    def error_of(_: Batch) -> Exception | None:
+        nonlocal tries
+        tries += 1
+        return MemoryError() if tries == 1 else None
+
+    bench, items = Bench(FakeEncoder(error_of=error_of)), chunks([5])
+    await bench.run(items)
+    bench.check_all_once(items)

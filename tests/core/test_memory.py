@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from asyncembed.memory import DEFAULT_BUDGET_CAP, MemoryBudget, available_bytes, cgroup_available
+from asyncembed.memory import DEFAULT_BUDGET_CAP, MemoryBudget, available_bytes, cgroup_available, memory_bound
 
 MIB = 1 << 20
 
@@ -166,3 +169,55 @@ def test_memory_budget_growth_counts_from_the_baseline() -> None:
     grown = bytearray(b"x" * (96 * MIB))
     assert budget.exceeded()
     assert len(grown) == 96 * MIB
+
+
+def test_memory_bound_is_the_tightest_limit_on_the_way_up(kernel: Kernel) -> None:
+    total = psutil.virtual_memory().total
+    kernel.own("0::/a/b")
+    kernel.v2("a/b", "max", 0)
+    assert memory_bound(kernel.root, kernel.proc) <= total
+    kernel.v2("a", 64 * MIB, 0)
+    assert memory_bound(kernel.root, kernel.proc) == 64 * MIB
+    kernel.own("4:memory:/box")
+    kernel.v1("box", 32 * MIB, 0)
+    assert memory_bound(kernel.root, kernel.proc) == 32 * MIB
+
+
+_IN_A_CGROUP = """
+import os, sys
+import os
+import subprocess
+import sys
+from pathlib import Path
+(Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))
+from asyncembed.memory import available_bytes, memory_bound
+print(available_bytes(), memory_bound())
+"""
+
+
+def test_memory_of_a_real_cgroup_is_read() -> None:
+    """A process in a cgroup of this machine, version 1 or 2, with a limit of 256 MiB."""
+    root = Path("/sys/fs/cgroup")
+    layouts = ((root / "memory", "memory.limit_in_bytes"), (root, "memory.max"))
+    base, name = next(((base, name) for base, name in layouts if (base / "cgroup.procs").exists()), (None, ""))
+    if base is None:
+        pytest.skip("there is no cgroup hierarchy of memory here")
+    folder = base / f"asyncembed-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    try:
+        try:
+            (folder / name).write_text(str(256 * MIB))
+        except OSError as error:
+            pytest.skip(f"a cgroup's memory cannot be limited here: {error}")
+        done = subprocess.run(
+            [sys.executable, "-c", _IN_A_CGROUP, str(folder)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        available, bound = map(int, done.stdout.split())
+        assert bound == 256 * MIB
+        assert 0 < available < 256 * MIB
+    finally:
+        folder.rmdir()
