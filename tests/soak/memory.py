@@ -34,9 +34,9 @@ def storm(seed: int, work: Path) -> Iterator[Figures]:
 
 def _exhausted(backend: str, n_mib: int, cache: Path) -> Figures:
     name = f"{backend}, model + {n_mib} MiB"
-    code, found = _child(cache, "exhausted", backend, str(n_mib), str(N_TEXTS))
-    if found is None:
-        return Figures(name, {"exit code": code}, (f"the job ended with code {code}",))
+    found = _child(cache, "exhausted", backend, str(n_mib), str(N_TEXTS))
+    if isinstance(found, str):
+        return Figures(name, {}, (found,))
     first, second = found
     broken = []
     if first["embedded"] != N_TEXTS or second["embedded"] != N_TEXTS:
@@ -56,18 +56,21 @@ def _exhausted(backend: str, n_mib: int, cache: Path) -> Figures:
 
 def _held(n_texts: int, n_chars: int, budget: int, work: Path) -> Figures:
     name = f"{n_texts:,} texts of {n_chars:,} characters, {budget // 10**6} MB allowed"
-    code, found = _child(work / "held", "held", str(n_texts), str(n_chars), str(budget))
-    if found is None:
-        return Figures(name, {"exit code": code}, (f"the job ended with code {code}",))
+    found = _child(work / "held", "held", str(n_texts), str(n_chars), str(budget))
+    if isinstance(found, str):
+        return Figures(name, {}, (found,))
     above = found["above_model"]
     broken = (f"it took {above} bytes",) if above > budget else ()
     return Figures(name, {"finished": found["embedded"], "peak above the model, MB": above // 10**6}, broken)
 
 
-def _child(cache: Path, *arguments: str) -> tuple[int, Any]:
-    """Exit code and printed object of a job in a process of its own, with a cache of its own."""
+def _child(cache: Path, *arguments: str) -> Any:
+    """What a job in a process and with a cache of its own printed; how it ended, as text, if it did not end well."""
     cache.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "XDG_CACHE_HOME": str(cache)}
     command = [sys.executable, "-m", "tests.remembering.children", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, json.loads(done.stdout) if done.returncode == 0 else None
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "nothing")
+    return f"exit code {done.returncode}: {said}"
