@@ -87,6 +87,8 @@ class TokenLimitEstimator:
         self._failed_at, self._killed_at = known.failed_at, known.killed_at
         self._streak = known.successes
         self._room: int | None = None
+        self._proven = 0
+        self._is_recalled = known.failed_at is not None
         self._knows_speed = known.fastest is not None
         tuned = min(known.fastest if known.fastest is not None else start, self.max_limit)
         # A size that failed, or was killed for, ends the search for speed: it would lead back there.
@@ -111,8 +113,11 @@ class TokenLimitEstimator:
     def learnt(self) -> LearntLimit:
         """What the next run should know."""
         tuner = self._tuner
+        limit = self._limit if tuner.is_settled else max(1, min(tuner.best, self._ceiling()))
+        if self._failed_at is not None:  # a limit that has just risen may never have been used
+            limit = max(1, min(limit, max(self._proven, self._failed_at // 2)))
         return LearntLimit(
-            limit=self._limit if tuner.is_settled else max(1, min(tuner.best, self._ceiling())),
+            limit=limit,
             failed_at=self._failed_at,
             killed_at=self._killed_at,
             fastest=tuner.best if self._knows_speed or (tuner.is_settled and tuner.has_measured) else None,
@@ -124,6 +129,7 @@ class TokenLimitEstimator:
         """A batch of `n_tokens` padded tokens ran, in `seconds` where they were measured."""
         if self._failed_at is not None and n_tokens >= self._failed_at:
             self._failed_at = None
+        self._proven = max(self._proven, n_tokens)
         if seconds is not None and not self._tuner.is_settled:
             self._tuner.add(n_tokens, seconds)
             self._limit = min(self._tuner.size, self._ceiling())
@@ -140,6 +146,8 @@ class TokenLimitEstimator:
         self._failed_at = n_tokens if self._failed_at is None else min(self._failed_at, n_tokens)
         self._limit = max(1, min(self._limit, n_tokens // 2))
         self._streak = 0
+        self._proven = self._proven if self._proven < n_tokens else 0
+        self._is_recalled = False
         self._tuner.settle_below(n_tokens)
 
     def keep_below(self, n_tokens: int) -> None:
@@ -164,6 +172,8 @@ class TokenLimitEstimator:
         return max(1, ceiling)
 
     def _rise(self) -> None:
+        if self._is_recalled and self._failed_at is not None:
+            return  # an earlier run has looked for the limit already: short jobs must not do it again and again
         ceiling = self._ceiling()
         if self._limit >= ceiling or (self._failed_at is not None and ceiling - self._limit <= self._limit // 8):
             return

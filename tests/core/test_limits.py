@@ -14,6 +14,7 @@ from asyncembed.limits import (
     DEFAULT_INITIAL_LIMIT,
     SUCCESSES_TO_FORGET,
     SUCCESSES_TO_RISE,
+    LearntLimit,
     TokenLimitEstimator,
     initial_limit,
 )
@@ -177,3 +178,32 @@ def test_estimator_impossible_arguments_are_refused(arguments: dict[str, int]) -
 
 def test_initial_limit_is_larger_on_a_gpu() -> None:
     assert initial_limit("cpu") < initial_limit("cuda:0")
+
+
+def test_learnt_limit_that_has_just_risen_is_not_called_proven() -> None:
+    estimator = TokenLimitEstimator(1000)
+    estimator.fail(1000)
+    for _ in range(SUCCESSES_TO_RISE):
+        estimator.succeed(500)
+    assert estimator() == 750
+    assert estimator.learnt().limit == 500
+
+
+def test_learnt_limit_is_kept_until_the_failure_is_doubted_or_repeated() -> None:
+    estimator = TokenLimitEstimator(1024, max_limit=2000, learnt=LearntLimit(limit=500, failed_at=1000))
+    assert work(estimator, lambda: 500, SUCCESSES_TO_FORGET - 1) == 0
+    assert estimator() == 500
+    again = TokenLimitEstimator(1024, max_limit=2000, learnt=LearntLimit(limit=500, failed_at=1000))
+    assert work(again, lambda: 300, 300) > 0
+    assert is_settled_below(again(), 300)
+
+
+@given(known=st.builds(LearntLimit, limit=_sizes, failed_at=st.none() | _sizes, fastest=st.none() | _sizes), n=_sizes)
+def test_learnt_after_a_kill_is_at_most_half_of_it(known: LearntLimit, n: int) -> None:
+    after = known.after_kill(n)
+    limit = TokenLimitEstimator(1024, max_limit=8192, learnt=after)
+    assert limit() <= max(1, n // 2)
+    for _ in range(100):
+        limit.succeed(limit(), 1.0)
+        assert limit() <= max(1, n // 2)
+    assert after.after_kill(n) == after
