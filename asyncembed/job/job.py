@@ -236,7 +236,7 @@ class Job:
         return loaded
 
     async def _run_stages(self, encoder: Encoder, chunker: Chunker) -> None:
-        # 1. The engine is another's.   2. The limit is the user's own.   3. What was learnt before, and is from here on.
+        # 1. The engine is another's.   2. The limit is the user's own.   3. It begins with what was learnt before.
         if self._engine is not None:
             await self._run_engine(self._engine, chunker)
             return

@@ -40,6 +40,12 @@ class WatchedEncoder:
     def __repr__(self) -> str:
         return f"<WatchedEncoder {self._encoder!r}>"
 
+    def __getattr__(self, name: str) -> Any:
+        """What an encoder may have besides, such as the model's own `prompts`."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._encoder, name)
+
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of the caller's own."""
         return self._encoder.tokenizer()

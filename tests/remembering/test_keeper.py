@@ -225,6 +225,14 @@ def test_watched_batch_larger_than_any_before_is_noted_while_it_runs(file: Limit
     assert again.notes == [0]  # in another run too
 
 
+def test_watched_encoder_has_what_its_encoder_has_besides(file: LimitFile) -> None:
+    encoder = FakeEncoder()
+    encoder.prompts = {"query": "query: "}  # type: ignore[attr-defined]  # as some encoders have
+    watched = LimitKeeper(encoder, file=file).encoder
+    assert watched.prompts == {"query": "query: "}  # type: ignore[attr-defined]
+    assert not hasattr(watched, "no_such_name")
+
+
 @given(sizes=st.lists(st.integers(1, 20_000), min_size=1, max_size=300))
 def test_step_above_is_a_step_that_holds_the_size_and_little_more(sizes: list[int]) -> None:
     for size in sizes:
