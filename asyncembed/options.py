@@ -86,6 +86,7 @@ class EmbedOptions:
         overwrite: Empty the folder's earlier results first.
         durability: What a saved text outlives: a killed `process`, or a cut of the `power` (slower).
         trust_remote_code: Let a model run code that it brings along.
+        allow_pickle: Let a model's weights be read from a pickle where there are no safetensors.
         input_format: Format of an input file; `auto` goes by its extension.
         column: Name of the CSV column of the texts; implies `header`.
         header: The first row of a CSV file holds names.
@@ -112,6 +113,7 @@ class EmbedOptions:
     overwrite: bool = False
     durability: Durability = "process"
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     input_format: InputFormat = "auto"
     column: str | None = None
     header: bool = False
@@ -124,7 +126,7 @@ class EmbedOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise OptionsError(f"{name}={value!r} must be a whole number of at least 1, or None")
-        for name in ("normalize_embeddings", "ordered", "overwrite", "header", "trust_remote_code"):
+        for name in ("normalize_embeddings", "ordered", "overwrite", "header", "trust_remote_code", "allow_pickle"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionsError(f"{name}={getattr(self, name)!r} must be True or False")
         overlap = self.chunk_overlap

@@ -81,6 +81,7 @@ ENTRIES: dict[str, _Entry] = {
     "backend": _Entry(MODEL, "What runs the model."),
     "dtype": _Entry(MODEL, "Precision; auto is float32 on a CPU, or what the folder was made with."),
     "trust_remote_code": _Entry(MODEL, "Let a model run code that it brings along."),
+    "allow_pickle": _Entry(MODEL, "Let weights be read from a pickle where there are no safetensors."),
     "long_texts": _Entry(
         TEXTS, "A text longer than the model takes: average its chunks, truncate it, or count it as an error."
     ),

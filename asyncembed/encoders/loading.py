@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncembed.encoders.base import Encoder
+from asyncembed.encoders.safety import check_downloaded, check_weights, loading_error
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import DEFAULT_MODEL, EmbedOptions
 
@@ -46,7 +47,8 @@ def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
     """Load the model that the options name, or wrap the live one they hold. Blocking, takes seconds.
 
     Args:
-        options: `model`, `device`, `dtype`, `prompt`, `prompt_name` and `trust_remote_code` are read.
+        options: `model`, `device`, `backend`, `dtype`, `prompt`, `prompt_name`, `trust_remote_code` and `allow_pickle`
+            are read.
         dtype: What `dtype="auto"` means for this job, where a folder of results says so.
 
     Raises:
@@ -67,6 +69,8 @@ def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
 
 def _load_by_name(model: str | os.PathLike[str], options: EmbedOptions, recorded: str | None) -> Encoder:
     folder = model_folder(model)
+    if folder is not None:
+        check_weights(folder, allow_pickle=options.allow_pickle)
     wanted = options.dtype if options.dtype != "auto" else recorded
     obstacle = _obstacle_to_openvino(options)
     loaded: Encoder | None = None
@@ -142,14 +146,13 @@ def _load_torch(
                 str(folder) if folder is not None else os.fspath(model),
                 device=device,
                 trust_remote_code=options.trust_remote_code,
-                model_kwargs={"dtype": "auto"},
+                # None takes safetensors where there are any. Pickles are read by torch with `weights_only` either way.
+                model_kwargs={"dtype": "auto", "use_safetensors": None if options.allow_pickle else True},
             )
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(
-            f"the model {os.fspath(model)!r} cannot be loaded: {reason.strip().rstrip('.')}. "
-            "Give the path of a model's folder, or the name of one that can be downloaded"
-        ) from error
+        raise loading_error(model, error) from error
+    if folder is None:
+        check_downloaded(os.fspath(model), allow_pickle=options.allow_pickle)
     # Hashed as stored, before the precision is changed: so every precision and backend knows the same weights.
     weights = cached_hash(folder, "stored", lambda: hash_tensors(loaded.state_dict()))
     if dtype != "auto":

@@ -78,6 +78,7 @@ def test_without_options_the_defaults_are_those_of_the_library() -> None:
         ("--on-bad-row skip", "on_bad_row", "skip"),
         ("--overwrite", "overwrite", True),
         ("--trust-remote-code", "trust_remote_code", True),
+        ("--allow-pickle", "allow_pickle", True),
         ("--input-format csv", "input_format", "csv"),
         ("--column body", "column", "body"),
         ("--header", "header", True),

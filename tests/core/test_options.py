@@ -86,6 +86,7 @@ def test_options_defaults_are_valid() -> None:
         ("overwrite", None),
         ("header", 0),
         ("trust_remote_code", "no"),
+        ("allow_pickle", 1),
         ("chunk_overlap", -1),
         ("chunk_overlap", 0.5),
         ("chunk_overlap", True),

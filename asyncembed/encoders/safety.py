@@ -1,0 +1,76 @@
+"""What of a model may be loaded: weights that are data, and no code but what the user asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from asyncembed.errors import ModelError
+
+_PICKLED = {
+    "pytorch_model*.bin": ("model.safetensors", "model.safetensors.index.json"),
+    "adapter_model*.bin": ("adapter_model.safetensors",),
+}
+"""Weights that torch pickles, and what is loaded in their place where it lies beside them."""
+
+
+def check_weights(folder: Path, *, allow_pickle: bool) -> None:
+    """Refuse a model whose weights, or those of one of its modules, are only there as a pickle.
+
+    Raises:
+        ModelError: Names the file and what to do.
+    """
+    if allow_pickle:
+        return
+    for pattern, instead in _PICKLED.items():
+        for path in sorted(folder.rglob(pattern)):
+            if not any((path.parent / name).exists() for name in instead):
+                raise ModelError(
+                    f"{path} is a pickle, and there is no {instead[0]} beside it; a pickle may hold more than weights. "
+                    "Save the model anew as safetensors, or let such files be read, if you trust their maker, with "
+                    "allow_pickle=True (--allow-pickle)"
+                )
+
+
+def check_downloaded(name: str, *, allow_pickle: bool) -> None:
+    """The same for a model that was loaded by a hub's name: what of it lies in the hub's cache is what was loaded.
+
+    Raises:
+        ModelError: Names the file and what to do.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cache = os.environ.get("SENTENCE_TRANSFORMERS_HOME")  # as sentence-transformers itself looks for it
+    try:
+        folder = snapshot_download(name, local_files_only=True, cache_dir=cache)
+    except LocalEntryNotFoundError:
+        return  # kept elsewhere; of a pickle torch has read weights and nothing else
+    check_weights(Path(folder), allow_pickle=allow_pickle)
+
+
+def loading_error(model: str | os.PathLike[str], error: Exception) -> ModelError:
+    """Why a model could not be loaded, with what to do about it."""
+    said = str(error)
+    name = os.fspath(model)
+    # 1. code in its folder   2. no safetensors on the hub   3. a pickle that is more than weights   4. anything else
+    if "trust_remote_code" in said:
+        return ModelError(
+            f"the model {name!r} brings code of its own along, which is not run unless you say so; read it, and if you "
+            "trust it, pass trust_remote_code=True (--trust-remote-code)"
+        )
+    if "use_safetensors=True" in said:
+        return ModelError(
+            f"the model {name!r} has no weights as safetensors, only as a pickle; if you trust its maker, pass "
+            "allow_pickle=True (--allow-pickle)"
+        )
+    if "weights_only" in said:
+        return ModelError(
+            f"the model {name!r} cannot be loaded: its pickle holds more than weights, and none of it was run. "
+            "Do not use it unless you know why"
+        )
+    reason = next((line for line in said.splitlines() if line.strip()), type(error).__name__)
+    return ModelError(
+        f"the model {name!r} cannot be loaded: {reason.strip().rstrip('.')}. "
+        "Give the path of a model's folder, or the name of one that can be downloaded"
+    )
