@@ -26,6 +26,7 @@ from asyncembed.splitting import (
     UncuttableError,
     cut_between_tokens,
     default_splitter,
+    head_of,
     sections,
 )
 
@@ -172,10 +173,7 @@ class Chunker:
         if n_tokens <= 0 or not text.strip():
             return ChunkedText(error="the text has no tokens")
         if found.n_unknown >= n_tokens:
-            return ChunkedText(
-                unknown_tokens=found.n_unknown,
-                error=f"the model's vocabulary knows none of the text's {n_tokens} tokens",
-            )
+            return _all_unknown(found.n_unknown, n_tokens)
         if n_tokens <= self._fits and not self._ask_always:
             chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority, self.prompt)
             return ChunkedText((chunk,), n_tokens, unknown_tokens=found.n_unknown)
@@ -189,26 +187,41 @@ class Chunker:
         return self._truncate(owner, text, priority, found)
 
     def _chunk_very_long(self, owner: int, text: str, priority: int) -> ChunkedText:
-        """A text that is tokenised in sections, never as a whole unless it has next to no tokens."""
-        if not text.strip():
-            return ChunkedText(error="the text has no tokens")
-        if self.long_texts == "average":
-            return self._split(owner, text, priority)
+        """A text that is tokenised in sections, never as a whole."""
         try:
+            n_unknown = self._count_if_unknown(text)
+            if n_unknown == 0:
+                return ChunkedText(error="the text has no tokens")
+            if n_unknown is not None:
+                return _all_unknown(n_unknown)
+            if self.long_texts == "average":
+                return self._split(owner, text, priority)
             counts = [(section, self.count(section)) for section in sections(text)]
             n_tokens = sum(count for _, count in counts)
             if self.long_texts == "error" and n_tokens > self.chunk_size:
                 return ChunkedText(error=f"the text has {n_tokens} tokens; a chunk takes {self.chunk_size}")
-            head, n_head = "", 0
-            for section, count in counts:
-                head, n_head = head + section, n_head + count
-                if n_head > self.chunk_size:
-                    break
+            head, n_head = head_of(counts, self.chunk_size)
+            if self.long_texts == "error" and n_head < n_tokens:
+                return ChunkedText(error=f"the text has {len(text)} characters, and only {n_tokens} tokens")
             found = self._tokenize_prompted([head])[0]
+        except MemoryError:
+            raise
         except Exception as error:
             return ChunkedText(error=_refusal(text, error))
         chunked = self._chunk_one(owner, head, priority, found)
         return replace(chunked, dropped_tokens=chunked.dropped_tokens + n_tokens - n_head)
+
+    def _count_if_unknown(self, text: str) -> int | None:
+        """Tokens of a very long text if all are unknown; None as soon as one is known, which most texts begin with."""
+        n_unknown = 0
+        for section in sections(text):
+            if section.isspace():
+                continue
+            found = self._tokenizer.tokenize([section])[0]
+            if found.n_content > found.n_unknown:
+                return None
+            n_unknown += found.n_content
+        return n_unknown
 
     def _truncate(self, owner: int, text: str, priority: int, found: Tokenized) -> ChunkedText:
         """The first tokens, the special ones kept at both ends: what the model's own truncation gives."""
@@ -248,7 +261,7 @@ class Chunker:
         if not chunks:
             return ChunkedText(error="the splitter left nothing of the text")
         if unknown >= n_tokens:
-            return ChunkedText(unknown_tokens=unknown, error="the model's vocabulary knows none of the text's tokens")
+            return _all_unknown(unknown, n_tokens)
         return ChunkedText(tuple(chunks), n_tokens, unknown_tokens=unknown)
 
     def _pieces(self, text: str) -> list[str]:
@@ -257,7 +270,12 @@ class Chunker:
             splitter = self._splitter_of_our_own()
         if self._ask_always:
             return splitter.split_text(text)
-        return [piece for section in sections(text) for piece in splitter.split_text(section)]
+        pieces: list[str] = []
+        for section in sections(text):
+            # One endless word: the splitter would only count it again and again to find nothing to cut at.
+            is_word = len(section) > SECTION_CHARS // 2 and len(section.split(None, 1)) == 1
+            pieces += [section] if is_word and self.count(section) <= self._fits else splitter.split_text(section)
+        return pieces
 
     def _unshared(self, piece: str) -> int:
         """Leading characters of a piece that the next one cannot begin among."""
@@ -289,6 +307,13 @@ class Chunker:
             cuts = list(cut_between_tokens(self._tokenizer, part, found.n_content - self._n_prompt, self.chunk_size))
             waiting += [(offset + start, part[start:stop]) for start, stop in reversed(cuts)]
         return fitting
+
+
+def _all_unknown(n_unknown: int, n_tokens: int | None = None) -> ChunkedText:
+    n_tokens = n_unknown if n_tokens is None else n_tokens
+    return ChunkedText(
+        unknown_tokens=n_unknown, error=f"the model's vocabulary knows none of the text's {n_tokens} tokens"
+    )
 
 
 def _refusal(text: str, error: Exception) -> str:

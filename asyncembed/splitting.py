@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -13,6 +13,9 @@ SEPARATORS = ["\n\n", "\n", "。", "！", "？", "।", ". ", " "]
 
 SECTION_CHARS = 1 << 16
 """A longer text is tokenised and split in sections: a tokenizer keeps some hundred bytes for each character."""
+
+HEAD_SECTIONS = 16
+"""Most sections of a very long text that is truncated: a million characters in less than a chunk's tokens is no prose."""
 
 _MEMO_CHARS = 24
 _MEMO_ENTRIES = 1 << 16
@@ -75,15 +78,45 @@ def default_splitter(count: Callable[[str], int], chunk_size: int, chunk_overlap
 
 
 def sections(text: str) -> list[str]:
-    """A very long text in parts of some 65,000 characters, cut where a paragraph, line or word ends."""
-    sections, at = [], 0
+    """A very long text in parts of some 65,000 characters, cut where a paragraph, line or word ends.
+
+    A word longer than that is cut as well, but its rest is never short: alone it would look like a word that the
+    vocabulary may know.
+    """
+    found, at = [], 0
     while len(text) - at > SECTION_CHARS:
         ends = (text.rfind(mark, at + SECTION_CHARS // 2, at + SECTION_CHARS) for mark in ("\n\n", "\n", " "))
-        end = next((end for end in ends if end > 0), at + SECTION_CHARS - 1) + 1
-        sections.append(text[at:end])
-        at = end
-    sections.append(text[at:])
-    return sections
+        end = next((end for end in ends if end > 0), None)
+        stop = end + 1 if end is not None else _end_inside_word(text, at + SECTION_CHARS)
+        found.append(text[at:stop])
+        at = stop
+    if at < len(text) or not found:
+        found.append(text[at:])
+    return found
+
+
+def _end_inside_word(text: str, at: int) -> int:
+    """Where to cut a word that goes on at `at`: at its end if that is near."""
+    farthest = at + SECTION_CHARS // 2
+    near = [end + 1 for mark in ("\n", " ") if (end := text.find(mark, at, farthest)) >= 0]
+    if near:
+        return min(near)
+    return len(text) if len(text) <= farthest else at
+
+
+def head_of(counts: Sequence[tuple[str, int]], chunk_size: int) -> tuple[str, int]:
+    """The beginning of a text that has more tokens than a chunk takes, and how many its sections have.
+
+    Sections without tokens, such as megabytes of blanks, stand in it as one blank.
+    """
+    head: list[str] = []
+    n_head = n_sections = 0
+    for section, count in counts:
+        head.append(section if count else " ")
+        n_head, n_sections = n_head + count, n_sections + (count > 0)
+        if n_head > chunk_size or n_sections == HEAD_SECTIONS:
+            break
+    return "".join(head), n_head
 
 
 def cut_between_tokens(tokenizer: Tokenizer, part: str, n_tokens: int, chunk_size: int) -> Iterator[tuple[int, int]]:

@@ -10,15 +10,20 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from langchain_text_splitters import CharacterTextSplitter, RecursiveCharacterTextSplitter
 
+from asyncembed import splitting
 from asyncembed.chunking import ChunkedText, Chunker, TokenCounter
+from asyncembed.encoders.base import Tokenized
 from asyncembed.encoders.tokenizers import FastTokenizer
 from asyncembed.errors import OptionsError
+from asyncembed.options import LongTexts
+from asyncembed.splitting import HEAD_SECTIONS, SECTION_CHARS, sections
 
 from .minilm import MAX_TOKENS, N_SPECIAL, chunker, fast_tokenizer, rust_tokenizer
 
@@ -449,3 +454,56 @@ def test_fingerprint_is_the_same_in_every_process() -> None:
     }
     splitter = recursive(chunk_size=100, chunk_overlap=9, length_function=TokenCounter(fast_tokenizer()))
     assert found == set(fingerprints(chunker(splitter=splitter)))
+
+
+ENDLESS = 3 * SECTION_CHARS
+
+
+@pytest.mark.parametrize("long_texts", get_args(LongTexts))
+@pytest.mark.parametrize("text", ["x" * ENDLESS, "x" * (ENDLESS + 50), "数" * ENDLESS, "x" * ENDLESS + " \n" * ENDLESS])
+def test_chunk_endless_text_of_unknown_tokens_fails_with_that_reason(text: str, long_texts: LongTexts) -> None:
+    """Also where a section's rest would be short enough to look like a word that is known."""
+    found = chunker(long_texts=long_texts).chunk([(0, text, 0)])[0]
+    assert found.error is not None
+    assert "knows none" in found.error
+    assert found.unknown_tokens > 0
+
+
+@pytest.mark.parametrize("long_texts", get_args(LongTexts))
+@pytest.mark.parametrize("text", [" " * ENDLESS, "\n\t" * ENDLESS, "\x01" * ENDLESS, "\0 " * ENDLESS])
+def test_chunk_endless_text_without_tokens_fails_with_that_reason(text: str, long_texts: LongTexts) -> None:
+    assert chunker(long_texts=long_texts).chunk([(0, text, 0)])[0].error == "the text has no tokens"
+
+
+@pytest.mark.parametrize("long_texts", get_args(LongTexts))
+def test_chunk_words_after_megabytes_of_blanks_are_found(long_texts: LongTexts) -> None:
+    found = chunker(long_texts=long_texts).chunk([(0, " " * 20 * SECTION_CHARS + "a heron on the river", 0)])[0]
+    alone = chunker().chunk([(0, "a heron on the river", 0)])[0]
+    assert found.error is None
+    assert [ids for chunk in found.chunks for ids in chunk.ids] == [ids for chunk in alone.chunks for ids in chunk.ids]
+
+
+def test_chunk_truncated_endless_word_after_known_ones_is_never_tokenised_as_a_whole() -> None:
+    lengths: list[int] = []
+
+    class Watched(FastTokenizer):
+        def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
+            lengths.extend(map(len, texts))
+            return super().tokenize(texts)
+
+    tokenizer = Watched(rust_tokenizer(), "[UNK]")
+    found = Chunker(tokenizer, 256, long_texts="truncate").chunk([(0, "a heron " + "x" * 40 * SECTION_CHARS, 0)])[0]
+    assert found.error is None
+    assert found.dropped_tokens == 24  # of the 40 parts of the word, those behind the first million characters
+    assert max(lengths) <= (HEAD_SECTIONS + 1) * SECTION_CHARS
+
+
+@given(text=st.text(alphabet="x \n。", max_size=300))
+def test_sections_are_the_text_and_none_is_short_inside_a_word(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splitting, "SECTION_CHARS", 20)
+        parts = sections(text)
+    assert "".join(parts) == text
+    assert all(len(part) <= 31 for part in parts)
+    for before, after in pairwise(parts):
+        assert before[-1:] in " \n" or after[:1] in " \n" or len(after.split(" ")[0].split("\n")[0]) >= 10
