@@ -15,7 +15,7 @@ SECTION_CHARS = 1 << 16
 """A longer text is tokenised and split in sections: a tokenizer keeps some hundred bytes for each character."""
 
 HEAD_SECTIONS = 16
-"""Most sections of a very long text that is truncated: a million characters in less than a chunk's tokens is no prose."""
+"""Most sections that the head of a truncated text is looked for in: a million characters."""
 
 _MEMO_CHARS = 24
 _MEMO_ENTRIES = 1 << 16
