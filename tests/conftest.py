@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import platformdirs
 import pytest
+from blockbuster import BlockBuster
 
 from asyncembed import EmbedOptions, load_encoder
 
@@ -56,6 +57,44 @@ def encoder() -> Any:
 def model(encoder: Any) -> Any:
     """The same as a live `SentenceTransformer`."""
     return encoder.model
+
+
+class _EveryFunction(frozenset[str]):
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+MAY_BLOCK = {
+    "asyncembed/threads.py": {"aclose"},  # joins a thread that has told it has nothing left to do: microseconds
+    "asyncembed/sources/pull.py": {
+        "aclose",
+        "take",
+        "_put",
+        "_wait_for_room",
+    },  # the same; and locks held for an append
+    "asyncembed/sinks/folder.py": {"of"},  # the working directory: no disk is asked
+    "asyncembed/memory.py": _EveryFunction(),  # files of the kernel, answered from memory
+    "asyncembed/summary.py": _EveryFunction(),  # the same: when the process began, and its peak of memory
+    "asyncembed/sinks/reader.py": _EveryFunction(),  # for synchronous code: it is the test that calls it on a loop
+    "asyncembed/generator.py": _EveryFunction(),  # synchronous too, in a notebook above a running loop
+    "asyncembed/steps.py": _EveryFunction(),  # the same
+    "logging/__init__.py": {"emit"},  # where a warning goes is the user's choice
+}
+"""Where a call may block the loop, each with its reason: functions by the file they are in."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks_the_loop() -> Iterator[None]:
+    """A call of the package that blocks an event loop (a file, a lock, a sleep, a socket) fails the test."""
+    guard = BlockBuster("asyncembed")
+    for function in guard.functions.values():
+        for file, names in MAY_BLOCK.items():
+            function.can_block_in(file, names)
+    guard.activate()
+    try:
+        yield
+    finally:
+        guard.deactivate()
 
 
 @pytest.fixture

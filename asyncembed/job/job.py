@@ -202,7 +202,8 @@ class Job:
             await self._store.open()
             recorded = {} if self._options.overwrite else self._store.fingerprint or {}
             encoder, chunker, fingerprint = await self._load(recorded)
-            await self._store.claim(fingerprint, encoder.made_with())
+            made_with = await self._model_thread.run(encoder.made_with)  # it looks up versions on disk
+            await self._store.claim(fingerprint, made_with)
             await self._run_stages(encoder, chunker)
             complete = True
         finally:
