@@ -180,12 +180,18 @@ class EmbedStream:
         if driver is None or self._job is None:
             return
         if is_first:
+            driver.add_done_callback(self._over)  # also when this call is cancelled and nobody is left to see to it
             driver.cancel()
         if not driver.done():
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([driver])
-        self._job.discard()
-        if is_first and not driver.cancelled() and (error := driver.exception()) is not None:
+        self._over(driver)
+
+    def _over(self, driver: asyncio.Task[None]) -> None:
+        """The job has ended after the stream was closed: nobody reads its results or its error any more."""
+        if self._job is not None:
+            self._job.discard()
+        if not driver.cancelled() and (error := driver.exception()) is not None:
             logger.debug("the job ended in an error", exc_info=error)
 
     async def _collect(self) -> dict[str, FloatVector | None]:

@@ -18,6 +18,7 @@ from tests.soak.figures import Figures, table
 @click.option("--kills", type=click.IntRange(min=1), metavar="N", help="Kill a job N times at random instants.")
 @click.option("--oom", is_flag=True, help="Run jobs at several limits of memory.")
 @click.option("--fuzz", type=click.IntRange(min=1), metavar="N", help="Feed N damaged inputs to readers and store.")
+@click.option("--cancel", is_flag=True, help="Cancel jobs at each of their steps.")
 @click.option("--seed", type=int, default=0, help="Of all that is random.")
 @click.option(
     "--out",
@@ -25,21 +26,21 @@ from tests.soak.figures import Figures, table
     default=Path("soak-results"),
     help="Folder of results.json.",
 )
-def main(kills: int | None, oom: bool, fuzz: int | None, seed: int, out: Path) -> None:
+def main(kills: int | None, oom: bool, fuzz: int | None, cancel: bool, seed: int, out: Path) -> None:
     """Hold the promises of reliability against storms. Exit code 1 if one was broken."""
-    if not (kills or oom or fuzz):
-        raise click.UsageError("name a storm: --kills N, --oom, --fuzz N")
+    if not (kills or oom or fuzz or cancel):
+        raise click.UsageError("name a storm: --kills N, --oom, --fuzz N, --cancel")
     out.mkdir(parents=True, exist_ok=True)
     results: list[Figures] = []
     with tempfile.TemporaryDirectory(dir=out, prefix="work-") as work:
-        for figures in _storms(kills, oom, fuzz, seed, Path(work).resolve()):
+        for figures in _storms(kills, oom, fuzz, cancel, seed, Path(work).resolve()):
             results.append(figures)
             (out / "results.json").write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
     click.echo(table(results))
     sys.exit(any(one.broken for one in results))
 
 
-def _storms(kills: int | None, oom: bool, fuzz: int | None, seed: int, work: Path) -> Iterator[Figures]:
+def _storms(kills: int | None, oom: bool, fuzz: int | None, cancel: bool, seed: int, work: Path) -> Iterator[Figures]:
     """Each storm in turn; a storm's module is only imported where it is asked for."""
     if kills:
         from tests.soak import kills as killing
@@ -53,6 +54,10 @@ def _storms(kills: int | None, oom: bool, fuzz: int | None, seed: int, work: Pat
         from tests.soak import fuzz as fuzzing
 
         yield from fuzzing.storm(fuzz, seed, work / "fuzz")
+    if cancel:
+        from tests.soak import cancellation
+
+        yield from cancellation.storm(work / "cancel")
 
 
 if __name__ == "__main__":
