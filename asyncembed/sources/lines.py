@@ -17,6 +17,7 @@ _PIECE_BYTES = 64 * 1024
 BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _BAD_BYTE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
+_NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # a lone surrogate that JSON's escapes gave, and that is no byte
 
 
 class LineReader:
@@ -112,4 +113,5 @@ def find_bad_byte(decoded: str) -> int | None:
 
 def excerpt(content: str) -> str:
     """The beginning of a bad row, fit to be written as UTF-8."""
-    return content[:MAX_CONTENT_CHARS].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    beginning = _NO_BYTE.sub("\ufffd", content[:MAX_CONTENT_CHARS])
+    return beginning.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

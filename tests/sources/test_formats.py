@@ -260,6 +260,13 @@ class TestTooLong:
             next(reader)
 
 
+def test_json_text_with_a_bad_byte_and_half_a_pair_is_a_bad_row(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'["a \\ud800 \\udfff \xff b", "after"]')
+    bad, after = read_texts(path, on_bad_row="skip")
+    assert (bad.content, after.text) == ("a \ufffd \ufffd \ufffd b", "after")
+
+
 def test_bad_row_content_is_cut(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * 20_000 + b"\xff\n")
