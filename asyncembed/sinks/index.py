@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import ijson
 
@@ -30,6 +30,7 @@ _LAST_LINE = re.compile(rb'\n\},"n_completed":(\d+)\}\n\Z')
 _ID = re.compile("[0-9a-f]{64}")
 _ENTRY_START = re.compile(rb'"([0-9a-f]{64})":\{')
 _BLOCK = 4096
+_MAX_DEPTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def foreign_entries(path: str) -> Iterator[tuple[str, Entry]]:
     """The entries of an index that was reformatted or torn, as far as it can be read, in its own order."""
     with open(path, "rb") as file:
         try:
-            for identity, entry in ijson.kvitems(file, "texts", use_float=True):
+            for identity, entry in ijson.kvitems(_shallow(file), "texts"):
                 if _ID.fullmatch(identity) and isinstance(entry, dict) and (known := canonical(entry)):
                     yield identity, known
         except (ijson.JSONError, ValueError):
@@ -181,10 +182,28 @@ def _blocks(entries: Iterator[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes
         yield block
 
 
+def _shallow(file: IO[bytes]) -> Iterator[tuple[str, str, Any]]:
+    """The events of a JSON file that is not nested deeply: ijson keeps the whole path of each, level by level.
+
+    Raises:
+        ValueError: It is nested deeper than anything that is written here.
+    """
+    return ijson.parse(_depth_checked(ijson.basic_parse(file, use_float=True)))  # type: ignore[no-any-return]
+
+
+def _depth_checked(events: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    depth = 0
+    for event, value in events:
+        depth += event.startswith("start_") - event.startswith("end_")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"nested deeper than {_MAX_DEPTH}")
+        yield event, value
+
+
 def _foreign_header(path: str) -> Header | None:
     """The header of an index that was reformatted or torn, as far as it can be read."""
     fields: dict[str, Any] = {"version": VERSION}
     for name in ("version", "fingerprint", "made_with"):
         with open(path, "rb") as file, contextlib.suppress(ijson.JSONError, ValueError, StopIteration):
-            fields[name] = next(iter(ijson.items(file, name, use_float=True)))
+            fields[name] = next(iter(ijson.items(_shallow(file), name)))
     return header_from(fields, path)
