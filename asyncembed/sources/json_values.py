@@ -40,6 +40,7 @@ class JsonParser:
         self._lines = lines
         self._depth = 0
         self._in_object = False
+        self._ended = False  # the top level has closed
         self._key: str | None = None
 
     def __iter__(self) -> Iterator[SourceItem]:
@@ -67,11 +68,14 @@ class JsonParser:
             seen = seen or not (text == "" or text.isspace())
             if not raw and not seen:
                 return  # nothing but white space: no texts, rather than broken JSON
-            error = _send(parser, text.encode("utf-8", "surrogatepass"), events, last=not raw)
+            error = _send(parser, text.encode("utf-8", "surrogatepass"), events, last=not raw and not self._ended)
+            had_ended = self._ended
             n_waiting = 0 if events else n_waiting + len(raw)
             for event, value in events:
                 yield from self._on_event(event, value)
             events.clear()
+            if error is None and self._ended and _goes_on(parser, text, had_ended, last=not raw):
+                error = SourceError(_TRAILING)
             if error is not None:
                 raise self._lines.error(self._syntax_reason(error, sanitizer)) from error
             if n_waiting > self._lines.max_bytes:
@@ -83,6 +87,7 @@ class JsonParser:
         # 1. Something closes; 2. a key; 3. the top level opens; 4. a value among the texts; 5. deeper: passed over.
         if event in _CLOSING:
             self._depth -= 1
+            self._ended = self._depth == 0
         elif event == "map_key":
             if self._depth == 1:
                 self._key = value
@@ -123,12 +128,13 @@ class JsonParser:
             return f"not JSON: {bad_byte_reason(sanitizer.bad_byte)}"
         said = str(error).splitlines()[0].removeprefix("parse error: ").removeprefix("lexical error: ")
         if "trailing garbage" in said or "Additional data" in said:
-            said = "something follows the end of the list or object"
+            said = _TRAILING
         elif "premature EOF" in said or "Incomplete JSON" in said:
             said = "the file ends in the middle"
         return f"not JSON: {said[:_MAX_REASON_CHARS].strip()}; {_EXPECTED}"
 
 
+_TRAILING = "something follows the end of the list or object"
 _EXPECTED = "expected one list of texts, or one object whose values are texts"
 
 
@@ -195,6 +201,27 @@ def _send(parser: Any, data: bytes, events: list[tuple[str, Any]], *, last: bool
     except (ijson.JSONError, ValueError) as error:  # ValueError: what the pure Python parser lets through
         return error
     return None
+
+
+def _goes_on(parser: Any, text: str, had_ended: bool, *, last: bool) -> bool:
+    """Whether something that is no token yet follows the end, of which the C parser says nothing.
+
+    Args:
+        parser: The parser; used up after the last piece.
+        text: The piece, in which or before which the top level has closed.
+        had_ended: It had closed before.
+        last: Nothing comes after the piece.
+    """
+    rest = text.rstrip(" \t\n\r")
+    if rest and (had_ended or rest[-1] not in "]}"):
+        return True
+    if not last:
+        return False
+    try:
+        parser.send(b"[")
+    except (ijson.JSONError, ValueError):
+        return False
+    return True  # it took that as a part of a string that is open
 
 
 def _literal(value: object) -> str:

@@ -125,7 +125,7 @@ class _Wrong:
         return Request()
 
 
-async def test_graph_that_does_not_agree_is_not_used_and_the_reason_is_kept(
+def test_graph_that_does_not_agree_is_not_used_and_the_reason_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The check itself runs for real; only the graph it is given computes something else."""

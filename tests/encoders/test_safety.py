@@ -32,7 +32,7 @@ class RunsWhenUnpickled:
         self.mark = mark
 
     def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
+        return os.makedirs, (str(self.mark),)
 
 
 @pytest.fixture(autouse=True)

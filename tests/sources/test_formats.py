@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from asyncembed.errors import SourceError
@@ -346,7 +346,19 @@ def test_any_bytes_give_texts_or_one_clear_error(tmp_path: Path, raw, suffix, sk
             (item.content or "").encode()  # fit for a UTF-8 file
 
 
+@pytest.mark.parametrize("rest", ['"', '"b', ' "]', '\n\n"\\', "n", "nul", "-", "1", "[", "]", "x", ',"b"', '"\\ud8'])
+@pytest.mark.parametrize("whole", ['["a"]', '{"k": "a"}'])
+def test_json_whatever_follows_the_end_is_refused(tmp_path, whole, rest):
+    path = tmp_path / "a.json"
+    path.write_text(whole + rest)
+    with pytest.raises(SourceError, match="not JSON"):
+        list(read_texts(path, on_bad_row="skip"))
+    path.write_text(whole + " \n\t\r ")
+    assert [item.text for item in read_texts(path)] == ["a"]
+
+
 @every_folder
+@example(raw='0]"', head="[")
 @given(raw=st.text('[]{}",:\\ud8c01e\n \0é-t', max_size=60), head=st.sampled_from(["[", '["', '{"a":"', ""]))
 def test_any_json_like_input_agrees_with_the_json_module(tmp_path: Path, raw, head):
     path = tmp_path / "a.json"
