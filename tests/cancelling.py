@@ -13,10 +13,11 @@ from typing import Any
 
 import anyio
 
-from asyncembed import embed_stream, open_embeddings
+from asyncembed import AsyncEmbedder, ClosedError, embed_stream, open_embeddings
 from asyncembed.assembly import Assembled, Assembler
 from asyncembed.chunking import Chunker
-from asyncembed.engine import Engine, Submission
+from asyncembed.engine import Engine
+from asyncembed.lane import Submission
 from asyncembed.limits import TokenLimitEstimator
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.lock import FolderLock
@@ -145,24 +146,49 @@ async def engine_alone(folder: Path, kept: list[Any]) -> None:
     encoder = FakeEncoder()
     worker = WorkerThread("asyncembed-model")
     chunker = Chunker(encoder.tokenizer(), encoder.max_tokens)
-    engine = Engine(encoder, chunker, TokenLimitEstimator(64), Assembler(), model_thread=worker)
+    engine = Engine(encoder, TokenLimitEstimator(64), model_thread=worker)
+    lane = engine.open_lane(
+        lambda items: chunker.chunk([(it.owner, it.text, it.priority) for it in items]), Assembler()
+    )
     done: list[Assembled] = []
+
+    async def run_engine() -> None:
+        try:
+            await engine.run()
+        finally:
+            engine.break_lanes(ClosedError("the engine has ended"))
+
+    async def submit() -> None:
+        try:
+            for text in TEXTS:
+                await lane.submit([Submission(lane.new_owner(), text, done.append)])
+        finally:
+            lane.close()
+
     try:
         async with anyio.create_task_group() as group:
-            group.start_soon(engine.run, name="asyncembed-engine")
+            group.start_soon(run_engine, name="asyncembed-engine")
+            group.start_soon(submit)
             try:
-                for text in TEXTS:
-                    await engine.submit([Submission(engine.new_owner(), text, done.append)])
+                await lane.run()
             finally:
                 engine.close()
     finally:
         await worker.aclose()
 
 
+async def embedder(folder: Path, kept: list[Any]) -> None:
+    async with AsyncEmbedder(FakeEncoder()) as made, anyio.create_task_group() as group:
+        for text in TEXTS:
+            group.start_soon(made.embed_records, [text])
+
+
 FORMS: dict[str, Form] = {
-    form.__name__: form for form in (awaited, iterated, run, entered, closed_early, async_source, engine_alone)
+    form.__name__: form
+    for form in (awaited, iterated, run, entered, closed_early, async_source, engine_alone, embedder)
 }
-VICTIMS = {form: ("user", "asyncembed-engine" if form == "engine_alone" else "asyncembed-job") for form in FORMS}
+_MADE = {"engine_alone": "asyncembed-engine", "embedder": "asyncembed-embedder"}
+VICTIMS = {form: ("user", _MADE.get(form, "asyncembed-job")) for form in FORMS}
 """Tasks that are cancelled: the user's own, and the one that the package makes, or the user for a bare engine."""
 
 
