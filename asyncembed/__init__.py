@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyncembed.embedder import AsyncEmbedder as AsyncEmbedder
+    from asyncembed.embedder import CountedVectors as CountedVectors
     from asyncembed.embedder import EmbedderStatistics as EmbedderStatistics
     from asyncembed.encoders import Encoder as Encoder
     from asyncembed.encoders import load_encoder as load_encoder
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from asyncembed.records import EmbeddedChunk as EmbeddedChunk
     from asyncembed.records import EmbeddedText as EmbeddedText
     from asyncembed.records import Text as Text
+    from asyncembed.records import TokenText as TokenText
     from asyncembed.records import text_id as text_id
     from asyncembed.sinks import StoredEmbeddings as StoredEmbeddings
     from asyncembed.sinks import StoredText as StoredText
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 # Public names by their module, imported when first used: `import asyncembed` costs next to nothing.
 _PUBLIC = {
-    "embedder": ("AsyncEmbedder", "EmbedderStatistics"),
+    "embedder": ("AsyncEmbedder", "CountedVectors", "EmbedderStatistics"),
     "encoders": ("Encoder", "load_encoder"),
     "errors": (
         "AsyncEmbedError",
@@ -62,7 +64,7 @@ _PUBLIC = {
     "generator": ("EmbeddingGenerator",),
     "limits": ("TokenLimitEstimator",),
     "options": ("EmbedOptions",),
-    "records": ("Batch", "Chunk", "EmbeddedChunk", "EmbeddedText", "Text", "text_id"),
+    "records": ("Batch", "Chunk", "EmbeddedChunk", "EmbeddedText", "Text", "TokenText", "text_id"),
     "sinks": ("StoredEmbeddings", "StoredText", "open_embeddings"),
     "sources": ("read_texts",),
     "stream": ("EmbedStream", "embed_stream"),

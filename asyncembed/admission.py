@@ -32,7 +32,19 @@ def life_bytes(text: str, dim: int, max_tokens: int, overlap: int = 0) -> int:
     """
     n_bytes = len(text) if text.isascii() else 4 * len(text)
     n_encoded = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-    n_tokens = 2 * n_encoded // 3 + 1
+    return token_life_bytes(n_bytes, 2 * n_encoded // 3 + 1, dim, max_tokens, overlap)
+
+
+def token_life_bytes(n_bytes: int, n_tokens: int, dim: int, max_tokens: int, overlap: int = 0) -> int:
+    """The same for a text of so many tokens.
+
+    Args:
+        n_bytes: What the text itself takes.
+        n_tokens: Its tokens.
+        dim: Dimensions of a vector.
+        max_tokens: Tokens of a chunk.
+        overlap: Tokens that neighbouring chunks share.
+    """
     n_chunks = max(0, n_tokens - overlap) // max(1, max_tokens - overlap) + 1
     if n_chunks > 1 and overlap:  # every chunk but the first repeats so many tokens, as ids and as text
         repeated = 1 + overlap / max(1, max_tokens - overlap)

@@ -72,7 +72,16 @@ class TextError(AsyncEmbedError):
 
 
 class OverloadedError(AsyncEmbedError):
-    """There is no room for a request now, and it was not to wait."""
+    """There is no room for a request now, and it was not to wait.
+
+    Attributes:
+        can_fit: Whether there will be room when the requests under way are done; False for one that is too large
+            for the whole of it.
+    """
+
+    def __init__(self, message: str, *, can_fit: bool = True) -> None:
+        super().__init__(message)
+        self.can_fit = can_fit
 
 
 class DeadlineError(AsyncEmbedError, TimeoutError):

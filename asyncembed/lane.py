@@ -19,7 +19,7 @@ from asyncembed.consumer import Consumer, LimitEstimator, current_limit
 from asyncembed.encoders.base import FloatMatrix
 from asyncembed.errors import ClosedError
 from asyncembed.heap import ChunkHeap
-from asyncembed.records import OWNERS_PER_LANE, Chunk, lane_of
+from asyncembed.records import OWNERS_PER_LANE, AnyText, Chunk, lane_of
 from asyncembed.threads import WorkerThread
 
 WINDOW_BATCHES = 32
@@ -44,14 +44,14 @@ class Submission(NamedTuple):
 
     Attributes:
         owner: Its number, from `Lane.new_owner`.
-        text: The text.
+        text: The text, or its token ids where the lane chunks those.
         sink: Called on the event loop with what became of it.
         priority: Class of urgency; lower is sooner.
         prompt: Put before every chunk, where the lane chunks by prompt.
     """
 
     owner: int
-    text: str
+    text: AnyText
     sink: Sink
     priority: int = 0
     prompt: str = ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +28,43 @@ def text_id(text: str) -> str:
     Lone surrogates are encoded as they stand (`surrogatepass`), so every `str` has an id.
     """
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A text given as token ids of the model's own vocabulary; make it with `of`. Equal ids are equal texts.
+
+    Attributes:
+        packed: The ids as int32 in the machine's order.
+    """
+
+    packed: bytes
+
+    def __len__(self) -> int:
+        return len(self.packed) // 4
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(str, self.ids[:8]))
+        return f"<TokenText [{shown}{', …' if len(self) > 8 else ''}]>"
+
+    @property
+    def ids(self) -> TokenIds:
+        """Shape `(n,)` int32."""
+        return np.frombuffer(self.packed, np.int32)
+
+    @classmethod
+    def of(cls, ids: Sequence[int]) -> TokenText:
+        """A text of these ids.
+
+        Raises:
+            OverflowError: One does not fit into 32 bits.
+            TypeError: One is no whole number.
+        """
+        return cls(array("i", ids).tobytes())
+
+
+AnyText = str | TokenText
+"""What an app may ask for: a text as it is, or as token ids."""
 
 
 @dataclass(frozen=True, slots=True)

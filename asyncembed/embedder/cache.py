@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple
 
-from asyncembed.records import FloatVector
+from asyncembed.records import AnyText, FloatVector
 
 ENTRY_OVERHEAD = 400
 """Python objects of one entry besides text and vector, in bytes."""
 
-Key = tuple[str, str]
+Key = tuple[str, AnyText]
+"""Prompt and text."""
 
 
 class Answer(NamedTuple):
@@ -68,5 +69,11 @@ class AnswerCache:
 
 
 def _size(key: Key, answer: Answer) -> int:
-    n_chars = sum(len(part) if part.isascii() else 4 * len(part) for part in key)
-    return ENTRY_OVERHEAD + n_chars + (answer.embedding.nbytes if answer.embedding is not None else 0)
+    n_bytes = sum(map(_text_bytes, key))
+    return ENTRY_OVERHEAD + n_bytes + (answer.embedding.nbytes if answer.embedding is not None else 0)
+
+
+def _text_bytes(text: AnyText) -> int:
+    if not isinstance(text, str):
+        return len(text.packed)
+    return len(text) if text.isascii() else 4 * len(text)

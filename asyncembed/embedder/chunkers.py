@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from asyncembed.chunking import ChunkedText, Chunker
+from asyncembed.embedder.given_ids import IdChunker
 from asyncembed.encoders import Encoder, Tokenizer
 from asyncembed.errors import OptionsError
 from asyncembed.lane import Submission
@@ -53,7 +54,15 @@ class PromptChunkers:
         except Exception as error:
             reason = str(error) if isinstance(error, OptionsError) else f"the tokenizer refused the prompt: {error}"
             return [ChunkedText(error=reason)] * len(submissions)
-        return chunker.chunk([(item.owner, item.text, item.priority) for item in submissions])
+        texts = [(item.owner, item.text, item.priority) for item in submissions if isinstance(item.text, str)]
+        found = iter(chunker.chunk(texts) if texts else [])
+        if len(texts) == len(submissions):
+            return list(found)
+        rows = IdChunker(self._tokenizer, self._encoder.max_tokens, chunker)
+        return [
+            next(found) if isinstance(item.text, str) else rows.chunk(item.owner, item.text, item.priority)
+            for item in submissions
+        ]
 
     def _chunker(self, prompt: str) -> Chunker:
         chunker = self._chunkers.get(prompt)

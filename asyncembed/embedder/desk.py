@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from asyncembed.admission import AdmissionQueue, life_bytes
+from asyncembed.admission import AdmissionQueue, life_bytes, token_life_bytes
 from asyncembed.assembly import Assembled
 from asyncembed.embedder.cache import Answer, AnswerCache, Key
 from asyncembed.encoders import FloatMatrix
 from asyncembed.errors import OverloadedError, TextError
 from asyncembed.lane import INTERACTIVE, Lane, Submission
+from asyncembed.records import AnyText
 
 
 class Request:
@@ -31,7 +32,7 @@ class Request:
 
     def __init__(
         self,
-        texts: Sequence[str],
+        texts: Sequence[AnyText],
         prompt: str,
         priority: int,
         dim: int,
@@ -63,7 +64,7 @@ class Request:
         elif self._keep_errors:
             self.errors[index] = answer.error or "it has no vector"
         else:
-            self.fail(TextError(index, self.texts[index], answer.error or "it has no vector"))
+            self.fail(TextError(index, str(self.texts[index]), answer.error or "it has no vector"))
             return
         self._missing -= 1
         if not self._missing:
@@ -150,7 +151,7 @@ class Desk:
         """Take the request's texts in, in pieces, as room comes. Cancelled, those that are in are left to `leave`."""
         queue = self._queue(request)
         for index, text in enumerate(request.texts):
-            n_bytes = life_bytes(text, *self._life)
+            n_bytes = self._life_bytes(text)
             if not queue.reserve_nowait(n_bytes):
                 self.submit()  # those before it must go on, or the room would never come
                 await queue.reserve(n_bytes)
@@ -170,8 +171,15 @@ class Desk:
             OverloadedError: There is no room.
         """
         queue, reserved = self._queue(request), list[int]()
-        for text in request.texts:
-            n_bytes = life_bytes(text, *self._life)
+        sizes = [self._life_bytes(text) for text in request.texts]
+        if len(sizes) > 1 and sum(sizes) > queue.max_bytes:
+            raise OverloadedError(
+                f"{len(sizes)} texts need {sum(sizes)} bytes until they are done, and {queue.max_bytes} is all there "
+                "is for requests of their priority. Ask for fewer at once, await embed(), which lets them in piece by "
+                "piece, or raise max_pending_bytes",
+                can_fit=False,
+            )
+        for n_bytes in sizes:
             if not queue.reserve_nowait(n_bytes):
                 for taken in reserved:
                     queue.release(taken)
@@ -202,6 +210,12 @@ class Desk:
         while self._requests:
             self._idle.clear()
             await self._idle.wait()
+
+    def _life_bytes(self, text: AnyText) -> int:
+        """What a text reserves."""
+        if isinstance(text, str):
+            return life_bytes(text, *self._life)
+        return token_life_bytes(2 * len(text.packed), len(text), *self._life)
 
     def _queue(self, request: Request) -> AdmissionQueue:
         return self.urgent if request.priority <= INTERACTIVE else self.later

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import anyio
 
 from asyncembed.embedder.desk import Desk, Request
 from asyncembed.embedder.life import EmbedderLife
-from asyncembed.embedder.settings import Kind, Priority, check_texts, choose_options, priority_of
+from asyncembed.embedder.settings import Kind, Priority, check_inputs, check_texts, choose_options, priority_of
 from asyncembed.encoders import (
     DOCUMENT_PROMPTS,
     QUERY_PROMPTS,
@@ -24,10 +24,22 @@ from asyncembed.encoders import (
 from asyncembed.errors import ClosedError, DeadlineError, OverloadedError
 from asyncembed.memory import available_bytes
 from asyncembed.options import DEFAULT_MODEL, parse_bytes
-from asyncembed.records import EmbeddedText, FloatVector, text_id
+from asyncembed.records import AnyText, EmbeddedText, FloatVector, text_id
 
 DEFAULT_PENDING_BYTES = 256 * 2**20
 """Room for some 20,000 short texts, or for as many as fit into a quarter of what is free."""
+
+
+class CountedVectors(NamedTuple):
+    """Vectors of several texts, and their tokens.
+
+    Attributes:
+        vectors: Shape `(n, dim)` float32, in order.
+        n_tokens: Tokens of each text, without prompt and special tokens.
+    """
+
+    vectors: FloatMatrix
+    n_tokens: list[int]
 
 
 class AsyncEmbedder(EmbedderLife):
@@ -171,15 +183,49 @@ class AsyncEmbedder(EmbedderLife):
             ModelError: It is broken.
             OptionsError: An argument cannot be.
         """
-        texts_list = check_texts(texts)
+        shape = _vector if isinstance(texts, str) else _matrix
+        return self._admit_now(check_texts(texts), prompt, prompt_name, priority, shape)
+
+    def embed_counted_nowait(
+        self,
+        texts: Sequence[AnyText],
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        priority: Priority = "interactive",
+    ) -> asyncio.Future[CountedVectors]:
+        """As `embed_nowait` of a list, with the tokens of each text; a text may also be given as token ids.
+
+        Args:
+            texts: Each a `str`, or a `TokenText`: ids of the model's own vocabulary, with or without its special
+                tokens around them. An id that is not in it fails the text.
+            prompt: Put before each; wins over `prompt_name`. None takes the embedder's own.
+            prompt_name: Name of one of the model's prompts.
+            priority: As of `embed`.
+
+        Raises:
+            OverloadedError: There is no room for all of them now, or the model is still being loaded.
+            ClosedError: The embedder is not open.
+            ModelError: It is broken.
+            OptionsError: An argument cannot be.
+        """
+        return self._admit_now(check_inputs(texts), prompt, prompt_name, priority, _counted)
+
+    def _admit_now(
+        self,
+        texts: Sequence[AnyText],
+        prompt: str | None,
+        prompt_name: str | None,
+        priority: Priority,
+        shape: Callable[[Request], Any],
+    ) -> asyncio.Future[Any]:
         number = priority_of(priority)
         if asyncio.get_running_loop() is not self._loop and self._loop is not None:
             raise ClosedError("embed_nowait belongs to the event loop of the embedder; embed_threadsafe is for others")
         if self._state == "loading":
             raise OverloadedError("the model is still being loaded; await embed(), which waits for it")
         self._check_open()
-        shape = _vector if isinstance(texts, str) else _matrix
-        request = self._request(texts_list, prompt_of(self.encoder, prompt, prompt_name), number, shape)
+        request = self._request(texts, prompt_of(self.encoder, prompt, prompt_name), number, shape)
         desk = self._open_desk()
         desk.open(request)
         try:
@@ -271,7 +317,9 @@ class AsyncEmbedder(EmbedderLife):
         finally:
             desk.leave(request)
 
-    def _request(self, texts: Sequence[str], prompt: str, priority: int, shape: Callable[[Request], Any]) -> Request:
+    def _request(
+        self, texts: Sequence[AnyText], prompt: str, priority: int, shape: Callable[[Request], Any]
+    ) -> Request:
         return Request(texts, prompt, priority, self.dim, keep_errors=shape is _records, shape=shape)
 
     def _open_desk(self) -> Desk:
@@ -289,13 +337,17 @@ def _matrix(request: Request) -> FloatMatrix:
     return request.vectors
 
 
+def _counted(request: Request) -> CountedVectors:
+    return CountedVectors(request.vectors, request.n_tokens)
+
+
 def _records(request: Request) -> list[EmbeddedText]:
     return [
         EmbeddedText(
-            id=text_id(text),
+            id=text_id(str(text)),
             index=index,
             key=None,
-            text=text,
+            text=str(text),
             embedding=None if index in request.errors else request.vectors[index],
             n_tokens=request.n_tokens[index],
             error=request.errors.get(index),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from asyncembed.errors import OptionsError
 from asyncembed.lane import BULK, INTERACTIVE
 from asyncembed.options import MODEL_OPTIONS, EmbedOptions
+from asyncembed.records import AnyText, TokenText
 
 Kind = Literal["text", "query", "document"]
 Priority = Literal["interactive", "bulk"] | int
@@ -52,6 +53,21 @@ def priority_of(priority: Priority) -> int:
     raise OptionsError(
         f"priority={priority!r} is not 'interactive', 'bulk', or a whole number from {INTERACTIVE} to {LAST_PRIORITY}"
     )
+
+
+def check_inputs(texts: Sequence[AnyText]) -> list[AnyText]:
+    """The texts of a request that may give some as token ids, as a list of its own.
+
+    Raises:
+        OptionsError: There is something else among them.
+    """
+    if isinstance(texts, (str, TokenText)):
+        return [texts]
+    found = list(texts)
+    for index, text in enumerate(found):
+        if not isinstance(text, (str, TokenText)):
+            raise OptionsError(f"item {index} is neither text nor TokenText but {type(text).__name__}")
+    return found
 
 
 def check_texts(texts: str | Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Models behind one protocol: rows of token ids in, vectors out."""
 
-from asyncembed.encoders.base import Encoder, FloatMatrix, Tokenized, Tokenizer
+from asyncembed.encoders.base import Encoder, FloatMatrix, IdTokenizer, Tokenized, Tokenizer
 from asyncembed.encoders.failures import FailureKind, classify
 from asyncembed.encoders.loading import load_encoder
 from asyncembed.encoders.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, first_prompt_of, prompt_of
@@ -11,6 +11,7 @@ __all__ = [
     "Encoder",
     "FailureKind",
     "FloatMatrix",
+    "IdTokenizer",
     "Tokenized",
     "Tokenizer",
     "classify",

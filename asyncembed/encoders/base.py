@@ -47,6 +47,23 @@ class Tokenizer(Protocol):
 
 
 @runtime_checkable
+class IdTokenizer(Tokenizer, Protocol):
+    """A tokenizer that can say what token ids mean. Needed only where texts are given as ids.
+
+    Attributes:
+        n_vocabulary: Every id is smaller.
+        unknown_id: The unknown token; None if the vocabulary has none.
+    """
+
+    n_vocabulary: int
+    unknown_id: int | None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that these ids stand for, as closely as they tell."""
+        ...
+
+
+@runtime_checkable
 class Encoder(Protocol):
     """A model: rows of token ids in, vectors out.
 

@@ -25,7 +25,8 @@ class FastTokenizer:
         self._tokenizer = RustTokenizer.from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._unknown = self._tokenizer.token_to_id(unknown) if unknown is not None else None
+        self.unknown_id = self._tokenizer.token_to_id(unknown) if unknown is not None else None
+        self.n_vocabulary: int = self._tokenizer.get_vocab_size()
         self._n_special = self._tokenizer.num_special_tokens_to_add(False)
         self._affixes = self._find_affixes()
 
@@ -38,9 +39,13 @@ class FastTokenizer:
         spans: list[tuple[int, int]] = self._tokenizer.encode(text, add_special_tokens=False).offsets
         return spans
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that these ids stand for, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids)))
+
     def _tokenized(self, encoding: Encoding) -> Tokenized:
         ids = np.array(encoding.ids, dtype=np.int32)
-        unknown = int(np.count_nonzero(ids == self._unknown)) if self._unknown is not None else 0
+        unknown = int(np.count_nonzero(ids == self.unknown_id)) if self.unknown_id is not None else 0
         return Tokenized(ids, *self._affixes, unknown)
 
     def _find_affixes(self) -> tuple[int, int]:
@@ -55,7 +60,8 @@ class SlowTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._unknown = tokenizer.unk_token_id
+        self.unknown_id: int | None = tokenizer.unk_token_id
+        self.n_vocabulary = len(tokenizer)
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
         """All texts in one call."""
@@ -73,10 +79,14 @@ class SlowTokenizer:
             spans.append((start, at))
         return spans
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that these ids stand for, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def _tokenized(self, text: str) -> Tokenized:
         found = self._tokenizer(text, return_special_tokens_mask=True, truncation=False, verbose=False)
         ids, mask = np.array(found["input_ids"], np.int32), found["special_tokens_mask"]
         n_special = sum(mask)
         prefix = next((i for i, special in enumerate(mask) if not special), n_special)
-        unknown = int(np.count_nonzero(ids == self._unknown)) if self._unknown is not None else 0
+        unknown = int(np.count_nonzero(ids == self.unknown_id)) if self.unknown_id is not None else 0
         return Tokenized(ids, min(prefix, n_special), n_special - min(prefix, n_special), unknown)

@@ -324,4 +324,4 @@ class Job:
 
 
 def _chunk(chunker: Chunker, submissions: Sequence[Submission]) -> Sequence[ChunkedText]:
-    return chunker.chunk([(item.owner, item.text, item.priority) for item in submissions])
+    return chunker.chunk([(item.owner, str(item.text), item.priority) for item in submissions])
