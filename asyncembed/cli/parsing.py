@@ -42,12 +42,31 @@ def parse(arguments: Sequence[str]) -> Request | int:
     return parsed
 
 
-class _Command(click.Command):
-    """A command whose help groups the options and ends with examples and exit codes."""
+class GroupedCommand(click.Command):
+    """A command whose help groups the options and ends with examples and exit codes.
+
+    Args:
+        groups: Headings of options, in order; one without options is left out.
+        examples: A command line and what it does.
+        meanings: Exit codes and what they mean.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        groups: Sequence[str],
+        examples: Sequence[tuple[str, str]],
+        meanings: Sequence[tuple[str, str]],
+        **attributes: Any,
+    ) -> None:
+        super().__init__(*args, **attributes)
+        self._groups = groups
+        self._examples = examples
+        self._meanings = meanings
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One section for each group."""
-        for group in GROUPS:
+        for group in self._groups:
             rows = [
                 row
                 for param in self.get_params(ctx)
@@ -55,17 +74,18 @@ class _Command(click.Command):
                 and getattr(param, "group", PROGRAM) == group
                 and (row := param.get_help_record(ctx)) is not None
             ]
-            with formatter.section(group):
-                formatter.write_dl(rows, col_max=32)
+            if rows:
+                with formatter.section(group):
+                    formatter.write_dl(rows, col_max=32)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Examples and exit codes."""
         with formatter.section("Examples"):
-            for line, meaning in EXAMPLES:
+            for line, meaning in self._examples:
                 formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
                 formatter.write(f"{'':>{formatter.current_indent}}    {meaning}\n")
         with formatter.section("Exit codes"):
-            formatter.write_dl(MEANINGS)
+            formatter.write_dl(self._meanings)
 
 
 def _request(input_argument: str | None, input_file: str | None, **values: Any) -> Request:
@@ -80,18 +100,31 @@ def _request(input_argument: str | None, input_file: str | None, **values: Any) 
     return Request(input=source, options=options, **rest)
 
 
-def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if not value or ctx.resilient_parsing:
-        return
-    try:
-        number = version(PROGRAM_NAME)
-    except PackageNotFoundError:  # run from a folder of sources
-        number = "(not installed)"
-    click.echo(f"{PROGRAM_NAME} {number}")
-    ctx.exit()
+def version_option(program: str) -> GroupedOption:
+    """`--version`, which prints the program's name and the version of asyncembed."""
+
+    def show(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if not value or ctx.resilient_parsing:
+            return
+        try:
+            number = version("asyncembed")
+        except PackageNotFoundError:  # run from a folder of sources
+            number = "(not installed)"
+        click.echo(f"{program} {number}")
+        ctx.exit()
+
+    return GroupedOption(
+        ["--version"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=show,
+        help="Show the version.",
+        group=PROGRAM,
+    )
 
 
-command = _Command(
+command = GroupedCommand(
     PROGRAM_NAME,
     callback=_request,
     help=DESCRIPTION,
@@ -100,15 +133,10 @@ command = _Command(
         click.Argument(["input_argument"], required=False, metavar="INPUT"),
         *program_options(),
         *job_options(),
-        GroupedOption(
-            ["--version"],
-            is_flag=True,
-            expose_value=False,
-            is_eager=True,
-            callback=_print_version,
-            help="Show the version.",
-            group=PROGRAM,
-        ),
+        version_option(PROGRAM_NAME),
     ],
+    groups=GROUPS,
+    examples=EXAMPLES,
+    meanings=MEANINGS,
 )
 """The command; called, it returns a `Request`."""

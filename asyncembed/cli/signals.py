@@ -23,11 +23,21 @@ class Signals:
     no moment in between at which the interpreter's own handlers would answer, and a second signal is heard even if the
     event loop hangs.
 
+    Args:
+        program: The program's name, which begins every line.
+        farewell: What the second signal says.
+
     Attributes:
         received: The signal that asked the run to stop; None if none did.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        program: str = "asyncembed",
+        farewell: str = "left at once; what was saved stays, and the same command goes on from there",
+    ) -> None:
+        self._program = program
+        self._farewell = farewell
         self.received: int | None = None
         self._stop: Callable[[], object] | None = None
 
@@ -63,9 +73,9 @@ class Signals:
     def _handle(self, number: int, _: object) -> None:
         stop = self._stop
         if self.received is not None:
-            leave(128 + number, "left at once; what was saved stays, and the same command goes on from there")
+            leave(128 + number, self._farewell, self._program)
         if stop is None:
-            leave(128 + number, f"stopped by {name_of(number)}")
+            leave(128 + number, f"stopped by {name_of(number)}", self._program)
         self.received = number
         stop()
 
@@ -75,9 +85,9 @@ def name_of(number: int) -> str:
     return CTRL_C if number == signal.SIGINT else signal.Signals(number).name
 
 
-def leave(code: int, line: str | None = None) -> NoReturn:
+def leave(code: int, line: str | None = None, program: str = "asyncembed") -> NoReturn:
     """End the process now, without waiting for threads. Safe in a handler: nothing buffered is touched."""
     if line is not None:
         with suppress(OSError):
-            os.write(2, f"\nasyncembed: {line}\n".encode())
+            os.write(2, f"\n{program}: {line}\n".encode())
     os._exit(code)

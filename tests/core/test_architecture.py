@@ -19,6 +19,7 @@ PACKAGE = Path(asyncembed.__file__).parent
 # know each other. A new room gets its line here.
 ROOMS = [
     ["__main__", "store_cli"],
+    ["server"],
     ["cli"],
     ["generator", "langchain"],
     ["steps", "loop_thread", "encode_settings", "resuming"],

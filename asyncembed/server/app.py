@@ -1,0 +1,234 @@
+"""The HTTP side: routes, the bearer key, and every error in one shape."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import time
+from typing import Any
+
+import anyio
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from asyncembed.embedder import CountedVectors
+from asyncembed.server.faults import SERVER, ApiError
+from asyncembed.server.metrics import CONTENT_TYPE
+from asyncembed.server.page import help_page
+from asyncembed.server.payload import EmbeddingsRequest, encode_answer, parse_request
+from asyncembed.server.service import Service, unknown_model
+
+SMALL_BODY = 64 * 2**10
+"""Bodies up to so many bytes are parsed on the event loop, in some 60 µs at most: a hop to a thread costs as much."""
+
+SMALL_ANSWER = 8192
+"""Answers of so many floats are encoded on the event loop, in some 250 µs at most."""
+
+OPEN_PATHS = frozenset({"/health"})
+"""Paths that need no key."""
+
+GONE = 499
+"""The status counted for a client that went away; nobody is told."""
+
+
+def make_app(service: Service) -> ASGIApp:
+    """The ASGI application over a service; its owner runs the service."""
+    routes = _Routes(service)
+    app = Starlette(
+        routes=[
+            Route("/v1/embeddings", routes.embeddings, methods=["POST"]),
+            Route("/v1/models", routes.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", routes.model, methods=["GET"]),
+            Route("/health", routes.health, methods=["GET"]),
+            Route("/metrics", routes.metrics, methods=["GET"]),
+            Route("/", routes.page, methods=["GET"]),
+        ],
+        exception_handlers={ApiError: _tell, HTTPException: _tell_http, Exception: _tell_bug},
+    )
+    return _Gate(app, service)
+
+
+class _Gate:
+    """Lets those in who have the key, and counts what they were answered."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._metrics = service.metrics
+        key = service.settings.api_key
+        self._digest = _digest(key.encode()) if key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        started, status = time.perf_counter(), 500
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            answerer = self._app if self._may_pass(scope) else _refused()
+            await answerer(scope, receive, sending)
+        finally:
+            self._metrics.observe(_path_of(scope), status, time.perf_counter() - started)
+
+    def _may_pass(self, scope: Scope) -> bool:
+        if self._digest is None or scope["path"] in OPEN_PATHS:
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        # Digests, so that neither the key's length nor how much of it was right shows in the time this takes.
+        return hmac.compare_digest(_digest(key.strip()), self._digest) and scheme.lower() == b"bearer"
+
+
+class _Routes:
+    """What is at each path."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def embeddings(self, request: Request) -> Response:
+        """Vectors of texts."""
+        service = self._service
+        if service.condition != "ready":
+            raise service.why_not_ready()
+        try:
+            async with service.bodies.read(request) as body:
+                asked = await self._parse(body)
+        except ClientDisconnect:
+            return Response(status_code=GONE)
+        future = service.admit(asked)
+        await _until_done(future, request.receive)
+        if future.cancelled():
+            return Response(status_code=GONE)
+        error = future.exception()
+        if error is not None:
+            if isinstance(error, Exception):
+                error = service.explained(error, asked)
+            raise error
+        answer = future.result()
+        service.metrics.count_tokens(sum(answer.n_tokens))
+        return Response(await self._encode(answer, asked), media_type="application/json")
+
+    async def models(self, _: Request) -> Response:
+        """The model by all its names."""
+        found = [self._model(name) for name in self._service.settings.names]
+        return _json({"object": "list", "data": found})
+
+    async def model(self, request: Request) -> Response:
+        """The model by one name."""
+        name = request.path_params["name"]
+        if name not in self._service.settings.names:
+            raise unknown_model(name, self._service.settings)
+        return _json(self._model(name))
+
+    async def health(self, _: Request) -> Response:
+        """Whether it can answer."""
+        condition = self._service.condition
+        if condition == "ready" and self._service.embedder.statistics().state != "open":
+            condition = "broken"
+        return _json({"status": condition}, 200 if condition == "ready" else 503)
+
+    async def metrics(self, _: Request) -> Response:
+        """Figures for Prometheus."""
+        return Response(self._service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def page(self, request: Request) -> Response:
+        """Help."""
+        service, facts = self._service, ""
+        if service.condition == "ready":
+            encoder = service.embedder.encoder
+            facts = f": {service.embedder.dim} dimensions, {encoder.backend} in {encoder.dtype} on {encoder.device}"
+        url = str(request.base_url).rstrip("/")
+        return HTMLResponse(help_page(service.settings, url, service.condition, facts))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._service.created, "owned_by": "asyncembed"}
+
+    async def _parse(self, body: bytes) -> EmbeddingsRequest:
+        max_inputs = self._service.settings.max_inputs
+        if len(body) <= SMALL_BODY:
+            return parse_request(body, max_inputs)
+        return await self._service.worker.run(parse_request, body, max_inputs)
+
+    async def _encode(self, answer: CountedVectors, asked: EmbeddingsRequest) -> bytes:
+        model = asked.model or self._service.settings.names[0]
+        if answer.vectors.size <= SMALL_ANSWER:
+            return encode_answer(answer, asked, model)
+        return await self._service.worker.run(encode_answer, answer, asked, model)
+
+
+async def _until_done(future: asyncio.Future[CountedVectors], receive: Receive) -> None:
+    """Wait for the answer, or cancel it when the client goes away. Cancelled, it cancels it too."""
+
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        future.cancel()
+
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(listen)
+            await asyncio.wait([future])
+            group.cancel_scope.cancel()
+    finally:
+        future.cancel()
+
+
+async def _tell(_: Request, error: Exception) -> Response:
+    if not isinstance(error, ApiError):
+        raise error
+    return error.response()
+
+
+async def _tell_http(request: Request, error: Exception) -> Response:
+    """What the framework refuses: a path or a method that is not there."""
+    if not isinstance(error, HTTPException):
+        raise error
+    if error.status_code == 404:
+        told = ApiError(404, f"there is nothing at {request.url.path}; {_PATHS}", code="not_found")
+    elif error.status_code == 405:
+        message = f"{request.url.path} does not take {request.method}"
+        told = ApiError(405, message, code="method_not_allowed", headers=error.headers)
+    else:
+        told = ApiError(error.status_code, str(error.detail), headers=error.headers)
+    return told.response()
+
+
+async def _tell_bug(_: Request, error: Exception) -> Response:
+    """An error that nobody foresaw; the framework raises it again for the log."""
+    return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more", kind=SERVER).response()
+
+
+_PATHS = "see / for help"
+_KNOWN = frozenset({"/v1/embeddings", "/v1/models", "/health", "/metrics", "/"})
+
+
+def _path_of(scope: Scope) -> str:
+    """The path as it is counted: a client cannot make new ones."""
+    path = scope["path"]
+    if path.startswith("/v1/models/"):
+        return "/v1/models"
+    return path if path in _KNOWN else "other"
+
+
+def _refused() -> Response:
+    message = "a key is needed, as 'Authorization: Bearer KEY', and it must be the right one"
+    headers = {"WWW-Authenticate": "Bearer"}
+    return ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=headers).response()
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")

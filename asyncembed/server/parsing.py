@@ -1,0 +1,134 @@
+"""From arguments to `ServerSettings`, with click; nothing heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from asyncembed.cli.options import GROUPS, MODEL, GroupedOption, job_options
+from asyncembed.cli.parsing import GroupedCommand, version_option
+from asyncembed.errors import OptionsError
+from asyncembed.options import parse_bytes
+from asyncembed.server.settings import DEFAULT_BODY_BYTES, DEFAULT_DRAIN_S, DEFAULT_INPUTS, ServerSettings
+
+PROGRAM_NAME = "asyncembed-server"
+
+DESCRIPTION = """\
+Serve a model over HTTP the way OpenAI serves embeddings: POST /v1/embeddings.
+
+Requests of all clients share batches. Every option has a default that works; open the address in a browser for help.
+"""
+
+EXAMPLES = (
+    ("asyncembed-server", "all-MiniLM-L6-v2 at http://127.0.0.1:8000"),
+    ("asyncembed-server --model ./my-model --port 9000", "a model of your own"),
+    ("ASYNCEMBED_API_KEY=secret asyncembed-server --host 0.0.0.0", "for other machines, with a key"),
+    ("asyncembed-server --alias text-embedding-3-small", "for clients that ask for a name they know"),
+)
+
+MEANINGS = (
+    ("0", "ended by Ctrl-C or SIGTERM; requests under way were answered"),
+    ("2", "bad usage, or the extra asyncembed[server] is not installed"),
+    ("3", "cannot go on: the port is taken, the model cannot be loaded, its device failed"),
+    ("130", "left at once at a second Ctrl-C; 143 at a second SIGTERM"),
+)
+
+SERVER = "Server"
+LIMITS = "Limits"
+
+TAKEN = (
+    "model",
+    "device",
+    "backend",
+    "dtype",
+    "trust_remote_code",
+    "long_texts",
+    "chunk_size",
+    "chunk_overlap",
+    "prompt",
+    "prompt_name",
+    "normalize_embeddings",
+    "truncate_dim",
+    "batch_size",
+    "token_limit",
+)
+"""The options of a job that are options of the server as well."""
+
+
+def _amount(ctx: click.Context, param: click.Parameter, value: str | int) -> int:
+    """Bytes; 0 may be written."""
+    try:
+        return 0 if value in (0, "0") else parse_bytes(value)
+    except OptionsError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+
+
+def parse(arguments: Sequence[str]) -> ServerSettings | int:
+    """The settings; or an exit code if nothing is left to do, as after `--help`.
+
+    Raises:
+        click.ClickException: The arguments cannot be understood.
+    """
+    parsed: ServerSettings | int = command.main(list(arguments), prog_name=PROGRAM_NAME, standalone_mode=False)
+    return parsed
+
+
+def _settings(**values: Any) -> ServerSettings:
+    """What click calls with the values of all parameters."""
+    api_key = values.pop("api_key")
+    if api_key is not None and not api_key.strip():
+        raise click.UsageError("the API key is empty; leave --api-key away to let everyone in")
+    options = {name: values.pop(name) for name in TAKEN if name != "model"}
+    options["max_pending_bytes"] = values.pop("max_pending_bytes") or None
+    options["cache_bytes"] = values.pop("cache_bytes")
+    return ServerSettings(options=options, api_key=api_key, aliases=tuple(values.pop("alias")), **values)
+
+
+def _model_options() -> list[click.Parameter]:
+    found = [option for option in job_options() if option.name in TAKEN]
+    for option in found:
+        if option.name == "dtype" and isinstance(option, click.Option):
+            option.help = "Precision; auto is float32 on a CPU, else as the weights are stored."
+    return found
+
+
+def _server_options() -> list[click.Parameter]:
+    return [
+        GroupedOption(["--host"], default="127.0.0.1", metavar="ADDRESS", show_default=True, group=SERVER,
+                      help="Address to listen on; 0.0.0.0 for all of this machine's."),
+        GroupedOption(["--port"], type=click.IntRange(0, 65535), default=8000, show_default=True, group=SERVER,
+                      help="Port to listen on; 0 takes a free one and prints it."),
+        GroupedOption(["--api-key"], envvar="ASYNCEMBED_API_KEY", metavar="KEY", group=SERVER,
+                      help="Clients must send it as bearer token. Better set ASYNCEMBED_API_KEY: others can see the "
+                      "arguments of a process."),
+        GroupedOption(["--drain-s"], type=click.FloatRange(min=0), default=DEFAULT_DRAIN_S, metavar="SECONDS",
+                      show_default=True, group=SERVER, help="How long requests under way may take after SIGTERM."),
+        GroupedOption(["--alias"], multiple=True, metavar="NAME", group=MODEL,
+                      help="A further name that clients may use for the model; may be repeated."),
+        GroupedOption(["--max-body-bytes"], type=click.UNPROCESSED, callback=_amount, metavar="SIZE",
+                      default=DEFAULT_BODY_BYTES, show_default="16MiB", group=LIMITS, help="Most bytes of a request."),
+        GroupedOption(["--max-inputs"], type=click.IntRange(min=1), default=DEFAULT_INPUTS, metavar="N",
+                      show_default=True, group=LIMITS, help="Most texts of a request."),
+        GroupedOption(["--max-pending-bytes"], type=click.UNPROCESSED, callback=_amount, default=0, metavar="SIZE",
+                      show_default="a quarter of what is free, at most 256MiB", group=LIMITS,
+                      help="Memory for texts under way; half of it is for these requests. What finds no room is told "
+                      "to come again: 429."),
+        GroupedOption(["--cache-bytes"], type=click.UNPROCESSED, callback=_amount, default=0, metavar="SIZE",
+                      show_default="no cache", group=LIMITS,
+                      help="Memory for the vectors used last, so that repeated texts cost nothing."),
+    ]  # fmt: skip
+
+
+command = GroupedCommand(
+    PROGRAM_NAME,
+    callback=_settings,
+    help=DESCRIPTION,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    params=[*_server_options(), *_model_options(), version_option(PROGRAM_NAME)],
+    groups=(SERVER, LIMITS, *GROUPS),
+    examples=EXAMPLES,
+    meanings=MEANINGS,
+)
+"""The command; called, it returns `ServerSettings`."""

@@ -1,0 +1,161 @@
+"""Bodies of `/v1/embeddings`: from bytes to what is asked, and from vectors to bytes. Pure."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from asyncembed.assembly import normalized
+from asyncembed.embedder import CountedVectors
+from asyncembed.encoders import FloatMatrix
+from asyncembed.records import AnyText, TokenText
+from asyncembed.server.faults import ApiError
+
+FORMATS = ("float", "base64")
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingsRequest:
+    """What a client asks for.
+
+    Attributes:
+        inputs: The texts, or their token ids.
+        is_list: Whether several were asked for, be it a list of one.
+        model: The name it gives the model; None if it names none.
+        encoding_format: `float` or `base64`.
+        dimensions: How many of each vector's; None for all.
+    """
+
+    inputs: list[AnyText]
+    is_list: bool
+    model: str | None
+    encoding_format: str
+    dimensions: int | None
+
+
+def parse_request(body: bytes, max_inputs: int) -> EmbeddingsRequest:
+    """Read the body of a request.
+
+    Raises:
+        ApiError: It is no JSON object, or something in it cannot be; 400.
+    """
+    try:
+        asked = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the body is no JSON that can be read: {error}", code="invalid_json") from None
+    if not isinstance(asked, dict):
+        raise ApiError(400, f"the body is a JSON {_kind(asked)}; it must be an object with 'input' and 'model'")
+    model, form, dimensions = asked.get("model"), asked.get("encoding_format"), asked.get("dimensions")
+    if model is not None and not isinstance(model, str):
+        raise ApiError(400, f"'model' must be a string, not {_kind(model)}", param="model")
+    if form is not None and form not in FORMATS:
+        raise ApiError(
+            400, f"'encoding_format' must be 'float' or 'base64', not {_shown(form)}", param="encoding_format"
+        )
+    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
+        raise ApiError(
+            400, f"'dimensions' must be a whole number of at least 1, not {_shown(dimensions)}", param="dimensions"
+        )
+    if asked.get("input") is None:
+        raise ApiError(400, "'input' is missing: a string, a list of strings, or token ids", param="input")
+    inputs, is_list = _inputs(asked["input"], max_inputs)
+    return EmbeddingsRequest(inputs, is_list, model, form or "float", dimensions)
+
+
+def cut(vectors: FloatMatrix, dimensions: int | None) -> FloatMatrix:
+    """The first dimensions of each vector, shape `(n, dimensions)`, scaled to length 1; all as they are for None."""
+    return vectors if dimensions is None else normalized(vectors[:, :dimensions])
+
+
+def encode_answer(answer: CountedVectors, asked: EmbeddingsRequest, model: str) -> bytes:
+    """The body of the answer.
+
+    A vector at a time: the interpreter can turn to another thread in between, where one call for all of a large
+    answer would hold it.
+
+    Args:
+        answer: What was asked for.
+        asked: Gives form and dimensions.
+        model: The name to give the model.
+    """
+    vectors = np.ascontiguousarray(cut(answer.vectors, asked.dimensions), "<f4")
+    encode = _as_base64 if asked.encoding_format == "base64" else _as_floats
+    data = b",".join(
+        b'{"object":"embedding","index":%d,"embedding":%b}' % (index, encode(vector))
+        for index, vector in enumerate(vectors)
+    )
+    n_tokens = sum(answer.n_tokens)
+    head = b'{"object":"list","data":[%b],"model":%b,' % (data, orjson.dumps(model))
+    return head + b'"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (n_tokens, n_tokens)
+
+
+def _as_floats(vector: Any) -> bytes:
+    return orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _as_base64(vector: Any) -> bytes:
+    return b'"%b"' % base64.b64encode(vector)
+
+
+def _inputs(given: Any, max_inputs: int) -> tuple[list[AnyText], bool]:
+    # 1. A string. 2. A list of strings. 3. Token ids. 4. A list of token ids.
+    if isinstance(given, str):
+        return [_text(given, "input")], False
+    if not isinstance(given, list):
+        raise ApiError(400, f"'input' must be a string or a list, not {_kind(given)}", param="input")
+    if not given:
+        raise ApiError(400, "'input' is an empty list", param="input")
+    kinds = set(map(type, given))
+    if kinds == {int}:
+        return [_ids(given, "input")], False
+    if kinds not in ({str}, {list}):
+        raise ApiError(
+            400,
+            "'input' must hold strings only, or token ids only, or lists of token ids only; "
+            f"this list holds {', '.join(sorted(map(_name, kinds)))}",
+            param="input",
+        )
+    if len(given) > max_inputs:
+        raise ApiError(
+            400, f"'input' holds {len(given)} texts; this server takes {max_inputs} in a request", param="input"
+        )
+    read = _text if kinds == {str} else _ids
+    return [read(one, f"input[{index}]") for index, one in enumerate(given)], True
+
+
+def _text(text: str, place: str) -> AnyText:
+    if not text:
+        raise ApiError(400, f"'{place}' is an empty string", param=place)
+    return text
+
+
+def _ids(ids: Sequence[Any], place: str) -> AnyText:
+    if not ids:
+        raise ApiError(400, f"'{place}' is an empty list", param=place)
+    if set(map(type, ids)) != {int}:
+        raise ApiError(400, f"'{place}' must hold whole numbers only: token ids", param=place)
+    try:
+        return TokenText.of(ids)
+    except OverflowError:
+        raise ApiError(400, f"'{place}' holds a number that is no token id of any vocabulary", param=place) from None
+
+
+_NAMES = {dict: "object", list: "list", str: "string", int: "number", float: "number", bool: "boolean"}
+
+
+def _name(kind: type) -> str:
+    return _NAMES.get(kind, "null")
+
+
+def _kind(value: Any) -> str:
+    return _name(type(value))
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."

@@ -1,0 +1,117 @@
+"""The server's process: listen, load the model meanwhile, and drain at a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import socket
+from collections.abc import Callable, Iterator
+
+import anyio
+import uvicorn
+
+from asyncembed.cli.exits import Exit
+from asyncembed.cli.signals import Signals, leave
+from asyncembed.errors import AsyncEmbedError
+from asyncembed.server.app import make_app
+from asyncembed.server.service import Service
+from asyncembed.server.settings import ServerSettings
+
+KEEP_ALIVE_S = 75
+"""Longer than clients keep idle connections: one that they are about to use again is never closed by us."""
+
+Say = Callable[[str], None]
+
+
+class ListenError(AsyncEmbedError):
+    """The address cannot be listened on."""
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to the program, and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_listening = on_listening
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing is captured here."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        self._on_listening()
+
+    def stop(self) -> None:
+        """Accept no more, answer what is under way, and end."""
+        self.should_exit = True
+
+
+def serve(settings: ServerSettings, signals: Signals, say: Say) -> int:
+    """Serve until a signal, or until the model cannot go on.
+
+    Returns:
+        The exit code: 0 after a signal.
+
+    Raises:
+        ListenError: The address cannot be listened on.
+        AsyncEmbedError: The model cannot be loaded, or cannot go on.
+    """
+    with _bound(settings.host, settings.port) as listener:
+        return asyncio.run(_serve(settings, signals, say, listener))
+
+
+async def _serve(settings: ServerSettings, signals: Signals, say: Say, listener: socket.socket) -> int:
+    def ready() -> None:
+        encoder = service.embedder.encoder
+        say(f"ready: {settings.names[0]} on {encoder.device}, {encoder.backend} in {encoder.dtype}")
+
+    def stop() -> None:
+        say(f"{signals.name}: no new requests; those under way are answered, for up to {settings.drain_s:g} s")
+        server.stop()
+
+    service = Service(settings, on_ready=ready, on_broken=lambda: server.stop())
+    config = uvicorn.Config(
+        make_app(service),
+        lifespan="off",
+        ws="none",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),  # uvicorn wants whole seconds
+    )
+    server = _Server(config, lambda: say(f"listening on {_url(listener)}, loading {settings.names[0]}"))
+    with signals.stopping(asyncio.get_running_loop(), stop):
+        async with anyio.create_task_group() as group:
+            group.start_soon(service.run)
+            await server.serve(sockets=[listener])
+            if service.condition == "loading":
+                leave(Exit.DONE)  # the loading of a model cannot be interrupted, and nobody waits for it now
+            service.close()
+    if service.error is not None:
+        raise service.error
+    return Exit.DONE
+
+
+@contextlib.contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at the address."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        raise ListenError(f"cannot listen on {host} port {port}: {error}") from error
+    with listener:
+        listener.setblocking(False)
+        yield listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
