@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -74,11 +75,12 @@ def test_mistake_is_one_line_and_exit_2(arguments: list[str], words: str, tmp_pa
 
 def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYNCEMBED_API_KEY", "of-the-environment")
-    found = parse(
+    line = (
         "--model m --host 0.0.0.0 --port 9 --alias a --alias b --max-body-bytes 1KiB --max-inputs 3 "
         "--max-pending-bytes 1MB --cache-bytes 2MB --drain-s 4.5 --device cpu --backend torch --dtype float32 "
-        "--long-texts error --truncate-dim 8 --token-limit 77".split()
+        "--long-texts error --truncate-dim 8 --token-limit 77"
     )
+    found = parse(shlex.split(line))
     assert isinstance(found, ServerSettings)
     assert (found.model, found.host, found.port, found.aliases) == ("m", "0.0.0.0", 9, ("a", "b"))
     assert (found.max_body_bytes, found.max_inputs, found.drain_s) == (1024, 3, 4.5)
