@@ -106,7 +106,9 @@ def tree(shared_tree: Path) -> Path:
     return shared_tree
 
 
-@pytest.mark.parametrize("script", ["bin/asyncembed", "bin/asyncembed-server", "bin/bench", "bin/test", "bin/setup.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["bin/asyncembed", "bin/asyncembed-server", "bin/bench", "bin/test", "bin/setup.sh", ".ci/run"]
+)
 def test_script_is_valid_bash(script: str) -> None:
     subprocess.run(["bash", "-n", ROOT / script], check=True, timeout=30)
     assert script == "bin/setup.sh" or os.access(ROOT / script, os.X_OK)
