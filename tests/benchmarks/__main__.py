@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from asyncembed.options import DEFAULT_MODEL
-from tests.benchmarks import chart, comparison, corpora, processes, report
+from tests.benchmarks import app, app_contestants, chart, comparison, corpora, processes, report
 from tests.benchmarks.contestants import Plan
 from tests.benchmarks.workers import Workers
 
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
 
 @click.command(context_settings={"max_content_width": 100, "show_default": True})
-@click.option("--compare", is_flag=True, help="Whole jobs beside encode: what happens if none of these four is named.")
+@click.option("--compare", is_flag=True, help="Whole jobs beside encode: what happens if none of these five is named.")
 @click.option("--sweep", is_flag=True, help="The whole job at fixed token limits.")
 @click.option("--startup", is_flag=True, help="Seconds from typing a command to its first result.")
 @click.option("--resume", is_flag=True, help="Texts a second over a folder where all is done.")
+@click.option("--app", is_flag=True, help="Many clients at once, in process and over HTTP, and requests beside a job.")
 @click.option(
     "--corpus", type=click.Choice([*corpora.CORPORA, "both"]), default="both", help="Docstrings, their first lines."
 )
 @click.option("--texts", type=click.IntRange(min=1), default=5000, help="Texts of a corpus.")
 @click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, help="Turns of each contestant, after one that warms up."
+    "--rounds",
+    type=click.IntRange(min=1),
+    help="Turns of each contestant, after one that warms up.  [default: 5; 2 for --app]",
+    show_default=False,
+)
+@click.option(
+    "--clients",
+    multiple=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Clients at a time, for --app.  [default: 1, 8, 64, 512]",
+    show_default=False,
+)
+@click.option(
+    "--seconds", type=click.FloatRange(min=0.0), default=4.0, help="What a turn of --app takes, by its requests."
 )
 @click.option(
     "--contestant",
@@ -58,7 +76,10 @@ def main(**chosen: Any) -> None:
     Contestants run in turns, A B C A B C, each in a process of its own, so that a machine that is slow for a while is
     slow for all. Leave the machine alone meanwhile.
     """
-    kinds = [kind for kind in ("compare", "sweep", "startup", "resume") if chosen[kind]] or ["compare"]
+    kinds = [kind for kind in ("compare", "sweep", "startup", "resume", "app") if chosen[kind]] or ["compare"]
+    if chosen["clients"] and "app" not in kinds:
+        raise click.UsageError("--clients goes with --app")
+    chosen["rounds"] = chosen["rounds"] or (2 if kinds == ["app"] else 5)
     if chosen["limits"] and "sweep" not in kinds:
         raise click.UsageError("--token-limit goes with --sweep")
     chosen["out"].mkdir(parents=True, exist_ok=True)
@@ -97,9 +118,23 @@ def _measure(kinds: list[str], chosen: dict[str, Any], work: Path, results: dict
         results["startup"] = processes.startup(chosen["model"], chosen["device"], file, work, rounds, _say)
     if "resume" in kinds:
         results["resume"] = processes.resume(chosen["texts"], work, rounds, _say)
+    if "app" in kinds:
+        results["app"] = _measure_app(chosen, files, work)
 
 
-def _choose(plans: list[Plan], names: tuple[str, ...]) -> list[Plan]:
+def _measure_app(chosen: dict[str, Any], files: dict[str, Path], work: Path) -> dict[str, Any]:
+    plans = _choose(app.plans(chosen["model"], chosen["device"]), chosen["names"])
+    _say(f"loading {', '.join(plan.name for plan in plans)}")
+    clients = chosen["clients"] or app.CLIENTS
+    with Workers(plans, work, app_contestants.make) as workers:
+        seconds = chosen["seconds"]
+        return {
+            "clients": app.measure(workers, files, clients, chosen["rounds"], seconds, _say),
+            "beside_a_job": app.mixed(workers, files, chosen["rounds"], 2.5 * seconds, _say),
+        }
+
+
+def _choose(plans: Sequence[AnyPlan], names: tuple[str, ...]) -> list[AnyPlan]:
     """The plans of these names; all without any."""
     known = [plan.name for plan in plans]
     for name in names:

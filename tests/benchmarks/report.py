@@ -38,6 +38,25 @@ COLUMNS: dict[str, list[Column]] = {
         ("whole process", "total_s", lambda value: f"{value:.2f} s"),
         ("slowest/fastest", "seconds", lambda value: f"{max(value) / min(value):.2f}"),
     ],
+    "app": [
+        ("requests/s", "requests_per_second", lambda value: f"{value:,.1f}"),
+        ("x encode", "times_encode", lambda value: f"{value:.2f}"),
+        ("p50", "p50_s", lambda value: f"{1000 * value:,.1f} ms"),
+        ("p99", "p99_s", lambda value: f"{1000 * value:,.1f} ms"),
+        ("p99 of encode's", "p99_of_encode", lambda value: f"{value:.2f}"),
+        ("p50 of a bare call", "p50_of_bare", lambda value: f"{value:.2f}"),
+        ("requests/batch", "rows", lambda value: f"{value:.1f}"),
+        ("tokens/batch", "padded_tokens", lambda value: f"{value:,.0f}"),
+        ("processor/request", "cpu_s", lambda value: f"{1000 * value:.1f} ms"),
+    ],
+    "beside": [
+        ("requests", "requests", lambda value: f"{value:,}"),
+        ("p50", "p50_s", lambda value: f"{1000 * value:,.1f} ms"),
+        ("p99", "p99_s", lambda value: f"{1000 * value:,.1f} ms"),
+        ("a batch", "batch_s", lambda value: f"{1000 * value:,.1f} ms"),
+        ("job's texts/s", "texts_per_second", lambda value: f"{value:,.1f}"),
+        ("of the job alone", "part_of_alone", lambda value: f"{value:.1%}"),
+    ],
     "resume": [_SPEED[0], ("median", "median_s", lambda value: f"{value:.3f} s")],
 }
 LEGEND = """\
@@ -45,6 +64,13 @@ x encode: median over rounds of the seconds of encode over its own. of bare loop
 model. padding: padded tokens over useful ones. memory: the most above the loaded model, of all rounds; for a later
 corpus it includes what the allocator kept of an earlier one. first record: until it is saved (encode: until all are
 there)."""
+
+APP_LEGEND = """\
+Each client asks for one text, waits for its vector and asks again. encode: one call a request in a thread pool of one.
+x encode, p99 of encode's, p50 of a bare call: medians over rounds of the ratio within a round; a bare call is encode
+without an event loop, one caller. requests/batch and tokens/batch (with padding): the mean fill. processor/request: of
+the process that answers, all its threads. beside a job: short texts that arrive at random, while a job takes all the
+model gives."""
 
 
 def machine() -> dict[str, Any]:
@@ -84,7 +110,19 @@ def tables(results: dict[str, Any]) -> str:
                 + table(COLUMNS[kind], corpus["rows"])
             )
     parts += [f"{kind}\n" + table(COLUMNS[kind], results[kind]) for kind in ("startup", "resume") if kind in results]
+    if "app" in results:
+        parts += _app_tables(results["app"])
     return "\n\n".join(parts + ([LEGEND] if "compare" in results else []))
+
+
+def _app_tables(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    cells = dict.fromkeys((row["corpus"], row["clients"]) for row in found["clients"])
+    for corpus, clients in cells:
+        rows = [row for row in found["clients"] if (row["corpus"], row["clients"]) == (corpus, clients)]
+        yield f"app, corpus {corpus}, {clients} clients\n" + table(COLUMNS["app"], rows)
+    if found["beside_a_job"]:
+        yield "5 requests a second beside a job\n" + table(COLUMNS["beside"], found["beside_a_job"])
+    yield APP_LEGEND
 
 
 def table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,9 @@ from typing import Any
 from tests.benchmarks.contestants import EncodeContestant, JobContestant, Plan, describe
 from tests.benchmarks.corpora import read
 from tests.benchmarks.measure import Turn
+
+Make = Callable[[Any, Path], Any]
+"""A contestant of its plan and a folder for its files; a function of a module, for it is sent to the process."""
 
 GRACE_S = 10.0
 """How long a process may take to leave when it is not needed any more."""
@@ -29,13 +32,14 @@ class Worker:
     Args:
         plan: What it loads.
         work: A folder for its files.
+        make: Makes the contestant, in its process.
     """
 
-    def __init__(self, plan: Plan, work: Path) -> None:
+    def __init__(self, plan: Plan, work: Path, make: Make) -> None:
         self.plan = plan
         context = multiprocessing.get_context("spawn")  # nothing of one contestant is in another
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, plan, work), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, plan, work, make), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -48,16 +52,16 @@ class Worker:
 
     def warm_up(self, corpus: Path) -> None:
         """One run that does not count."""
-        self._ask("warm_up", corpus)
+        self.ask("warm_up", corpus)
 
     def describe(self, corpus: Path) -> dict[str, Any]:
         """Number and tokens of a corpus' texts, as the model takes them."""
-        described: dict[str, Any] = self._ask("describe", corpus)
+        described: dict[str, Any] = self.ask("describe", corpus)
         return described
 
     def measure(self, turn: str, corpus: Path, limit: int | None = None) -> Turn:
         """One turn."""
-        measured: Turn = self._ask("measure", turn, corpus, limit)
+        measured: Turn = self.ask("measure", turn, corpus, limit)
         return measured
 
     def close(self) -> None:
@@ -68,7 +72,8 @@ class Worker:
             self._process.kill()
             self._process.join()
 
-    def _ask(self, *request: Any) -> Any:
+    def ask(self, *request: Any) -> Any:
+        """Call one of the contestant's methods, by its name."""
         self._connection.send(request)
         return self._receive()
 
@@ -89,17 +94,19 @@ class Workers:
     Args:
         plans: The contestants.
         work: A folder for their files.
+        make: Makes a contestant of its plan, in its process.
     """
 
-    def __init__(self, plans: Sequence[Plan], work: Path) -> None:
+    def __init__(self, plans: Sequence[Plan], work: Path, make: Make | None = None) -> None:
         self._plans = plans
         self._work = work
+        self._make = make if make is not None else make_contestant
         self.all: list[Worker] = []
 
     def __enter__(self) -> Workers:
         try:
             for plan in self._plans:
-                self.all.append(Worker(plan, self._work))
+                self.all.append(Worker(plan, self._work, self._make))
             for worker in self.all:
                 worker.wait()
         except BaseException:
@@ -114,10 +121,16 @@ class Workers:
             worker.close()
 
 
-def _serve(connection: Connection, plan: Plan, work: Path) -> None:
+def make_contestant(plan: Plan, work: Path) -> Any:
+    """A contestant with a whole job."""
+    return (EncodeContestant if plan.backend == "encode" else JobContestant)(plan, work)
+
+
+def _serve(connection: Connection, plan: Plan, work: Path, make: Make) -> None:
     """The life of a process."""
+    contestant: Any = None
     try:
-        contestant = (EncodeContestant if plan.backend == "encode" else JobContestant)(plan, work)
+        contestant = make(plan, work)
         connection.send((True, None))
         while True:
             name, *arguments = connection.recv()
@@ -130,3 +143,6 @@ def _serve(connection: Connection, plan: Plan, work: Path) -> None:
         pass  # not needed any more
     except Exception:
         connection.send((False, traceback.format_exc()))
+    finally:
+        if hasattr(contestant, "close"):
+            contestant.close()
