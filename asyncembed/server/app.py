@@ -96,7 +96,12 @@ class _Routes:
         self._service = service
 
     async def embeddings(self, request: Request) -> Response:
-        """Vectors of texts."""
+        """Vectors of texts; told that the server ends if it ends before they are done."""
+        with anyio.CancelScope() as scope, self._service.under_way(scope):
+            return await self._embed(request)
+        raise self._service.cut_off()
+
+    async def _embed(self, request: Request) -> Response:
         service = self._service
         if service.condition != "ready":
             raise service.why_not_ready()

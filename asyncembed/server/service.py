@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
+
+import anyio
 
 from asyncembed.embedder import AsyncEmbedder, CountedVectors, EmbedderStatistics
 from asyncembed.errors import ClosedError, ModelError, OverloadedError, TextError
@@ -56,6 +59,7 @@ class Service:
         self._on_broken = on_broken
         self._is_ready = False
         self._closed = asyncio.Event()
+        self._scopes: set[anyio.CancelScope] = set()
 
     def __repr__(self) -> str:
         return f"<Service {self.condition} {self.embedder!r}>"
@@ -72,6 +76,24 @@ class Service:
     def close(self) -> None:
         """Let `run` end. Idempotent."""
         self._closed.set()
+
+    @contextmanager
+    def under_way(self, scope: anyio.CancelScope) -> Iterator[None]:
+        """For the time of the block, `cut` cancels the scope."""
+        self._scopes.add(scope)
+        try:
+            yield
+        finally:
+            self._scopes.discard(scope)
+
+    def cut(self) -> None:
+        """End the requests that are under way."""
+        for scope in self._scopes:
+            scope.cancel()
+
+    def cut_off(self) -> ApiError:
+        """What a client is told whose request was cut."""
+        return unavailable("the server ended before this was done", "shutting_down")
 
     async def run(self) -> None:
         """Load the model and keep it until `close`. What ends it is in `error`; nothing is raised."""

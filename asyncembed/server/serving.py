@@ -21,6 +21,9 @@ from asyncembed.server.settings import ServerSettings
 KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections: one that they are about to use again is never closed by us."""
 
+ANSWER_S = 5
+"""How long the answer may take to those whose time to drain is over."""
+
 Say = Callable[[str], None]
 
 
@@ -72,6 +75,7 @@ async def _serve(settings: ServerSettings, signals: Signals, say: Say, listener:
     def stop() -> None:
         say(f"{signals.name}: no new requests; those under way are answered, for up to {settings.drain_s:g} s")
         server.stop()
+        asyncio.get_running_loop().call_later(settings.drain_s, service.cut)
 
     service = Service(settings, on_ready=ready, on_broken=lambda: server.stop())
     config = uvicorn.Config(
@@ -84,7 +88,7 @@ async def _serve(settings: ServerSettings, signals: Signals, say: Say, listener:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(settings.drain_s),  # uvicorn wants whole seconds
+        timeout_graceful_shutdown=math.ceil(settings.drain_s) + ANSWER_S,
     )
     server = _Server(config, lambda: say(f"listening on {_url(listener)}, loading {settings.names[0]}"))
     with signals.stopping(asyncio.get_running_loop(), stop):

@@ -154,6 +154,18 @@ def test_sigterm_answers_what_is_under_way_and_takes_no_more() -> None:
         httpx.get(f"{url}/health")
 
 
+def test_request_that_outlasts_the_time_to_drain_is_told_that_the_server_ends() -> None:
+    with ServerProcess("--drain-s", "0.2") as server, begun_request(server.wait_ready(), b"{}") as connection:
+        server.process.send_signal(signal.SIGTERM)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert server.process.wait(60) == 0
+        server.wait_for("for up to 0.2 s")
+        assert server.process.stderr is not None
+        assert server.process.stderr.read() == ""
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b'"code":"shutting_down"' in answer
+
+
 def test_second_signal_ends_it_at_once() -> None:
     with ServerProcess() as server, begun_request(server.wait_ready(), b"{}"):
         server.process.send_signal(signal.SIGTERM)
