@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import anyio
 import httpx
 import numpy as np
 import pytest
+from blockbuster import BlockingError, blockbuster_ctx
 
 from asyncembed import AsyncEmbedder
 from asyncembed.records import Batch
@@ -269,6 +271,24 @@ async def test_large_answer_is_encoded_off_the_loop(monkeypatch: pytest.MonkeyPa
     here = threading.current_thread().name
     assert [name.startswith("asyncembed-json") for name in names] == [True, True, False, False]
     assert names[2:] == [here, here]
+
+
+def block() -> None:
+    time.sleep(0)
+
+
+async def test_nothing_blocks_the_loop_while_it_answers(encoder: Any) -> None:
+    """Files, sockets, sleeps and locks on the loop are errors here, which would make the answers 500."""
+    async with opened(AsyncEmbedder(encoder)) as service, client(service) as http:
+        await http.get("/")  # what is imported at first use is read from files
+        with blockbuster_ctx():
+            for texts in (["a heron"], [f"text {number} " + "x" * 700 for number in range(110)]):
+                answer = await http.post(PATH, json={"input": texts, "dimensions": 100})
+                assert answer.status_code == 200, answer.text
+            refused(await http.post(PATH, json={"input": ["a heron", " "]}), 400)
+            assert (await http.get("/metrics")).status_code == 200
+            with pytest.raises(BlockingError):
+                block()  # the control: this is seen
 
 
 async def test_app_over_a_real_model_gives_its_vectors(encoder: Any, model: Any) -> None:
