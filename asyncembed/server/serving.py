@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import socket
 from collections.abc import Callable, Iterator
 
@@ -63,7 +64,7 @@ def serve(settings: ServerSettings, signals: Signals, say: Say) -> int:
         ListenError: The address cannot be listened on.
         AsyncEmbedError: The model cannot be loaded, or cannot go on.
     """
-    with _bound(settings.host, settings.port) as listener:
+    with bound(settings.host, settings.port) as listener:
         return asyncio.run(_serve(settings, signals, say, listener))
 
 
@@ -85,6 +86,7 @@ async def _serve(settings: ServerSettings, signals: Signals, say: Say, listener:
         interface="asgi3",
         log_config=None,
         access_log=False,
+        backlog=2048,
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
@@ -104,14 +106,26 @@ async def _serve(settings: ServerSettings, signals: Signals, say: Say, listener:
 
 
 @contextlib.contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket at the address."""
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at the address, not listening yet.
+
+    Raises:
+        ListenError: There is no such address here, or it is taken.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=2048)
+        # Named as TCP: without it asyncio leaves Nagle's algorithm on in what is accepted, and as an answer is written
+        # in two pieces, head and body, each would wait 40 ms for the client's delayed acknowledgement of the first.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except (OSError, UnicodeError) as error:
         raise ListenError(f"cannot listen on {host} port {port}: {error}") from error
     with listener:
+        try:
+            if os.name == "posix":  # elsewhere it would let two servers have one port
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise ListenError(f"cannot listen on {host} port {port}: {error.strerror}") from error
         listener.setblocking(False)
         yield listener
 

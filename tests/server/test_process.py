@@ -15,6 +15,7 @@ import numpy.typing as npt
 import openai
 import pytest
 
+from asyncembed.server.serving import bound
 from tests.core.minilm import fast_tokenizer
 
 from .running import ServerProcess
@@ -194,3 +195,18 @@ def test_port_that_is_taken_is_told_and_exit_3() -> None:
         with ServerProcess("--port", str(port)) as server:
             server.wait_for(f"error: cannot listen on 127.0.0.1 port {port}")
             assert server.process.wait(60) == 3
+
+
+async def test_answers_are_not_held_back_until_the_client_acknowledges_their_head() -> None:
+    found: asyncio.Queue[int] = asyncio.Queue()
+
+    async def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.put_nowait(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    with bound("127.0.0.1", 0) as listener:
+        async with await asyncio.start_server(accepted, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            assert await asyncio.wait_for(found.get(), 30) != 0
+            writer.close()
+            await writer.wait_closed()
