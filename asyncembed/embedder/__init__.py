@@ -1,6 +1,7 @@
 """One model inside an async app: many small concurrent requests share its batches."""
 
-from asyncembed.embedder.embedder import AsyncEmbedder, CountedVectors
+from asyncembed.embedder.answers import CountedVectors
+from asyncembed.embedder.embedder import AsyncEmbedder
 from asyncembed.embedder.settings import Kind
 from asyncembed.embedder.statistics import EmbedderStatistics
 

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import anyio
 
+from asyncembed.embedder.answers import CountedVectors, counted_of, matrix_of, records_of, vector_of
 from asyncembed.embedder.desk import Desk, Request
 from asyncembed.embedder.life import EmbedderLife
 from asyncembed.embedder.settings import Kind, Priority, check_inputs, check_texts, choose_options, priority_of
@@ -24,22 +25,10 @@ from asyncembed.encoders import (
 from asyncembed.errors import ClosedError, DeadlineError, OverloadedError
 from asyncembed.memory import available_bytes
 from asyncembed.options import DEFAULT_MODEL, parse_bytes
-from asyncembed.records import AnyText, EmbeddedText, FloatVector, text_id
+from asyncembed.records import AnyText, EmbeddedText, FloatVector
 
 DEFAULT_PENDING_BYTES = 256 * 2**20
 """Room for some 20,000 short texts, or for as many as fit into a quarter of what is free."""
-
-
-class CountedVectors(NamedTuple):
-    """Vectors of several texts, and their tokens.
-
-    Attributes:
-        vectors: Shape `(n, dim)` float32, in order.
-        n_tokens: Tokens of each text, without prompt and special tokens.
-    """
-
-    vectors: FloatMatrix
-    n_tokens: list[int]
 
 
 class AsyncEmbedder(EmbedderLife):
@@ -133,7 +122,7 @@ class AsyncEmbedder(EmbedderLife):
             OptionsError: An argument cannot be.
         """
         chosen = partial(prompt_of, prompt=prompt, prompt_name=prompt_name)
-        shape = _vector if isinstance(texts, str) else _matrix
+        shape = vector_of if isinstance(texts, str) else matrix_of
         found: FloatMatrix = await self._answer(texts, chosen, priority, deadline_s, shape)
         return found
 
@@ -164,7 +153,7 @@ class AsyncEmbedder(EmbedderLife):
         """
         chosen = partial(prompt_of, prompt=prompt, prompt_name=prompt_name)
         texts = [texts] if isinstance(texts, str) else texts
-        found: list[EmbeddedText] = await self._answer(texts, chosen, priority, deadline_s, _records)
+        found: list[EmbeddedText] = await self._answer(texts, chosen, priority, deadline_s, records_of)
         return found
 
     def embed_nowait(
@@ -183,7 +172,7 @@ class AsyncEmbedder(EmbedderLife):
             ModelError: It is broken.
             OptionsError: An argument cannot be.
         """
-        shape = _vector if isinstance(texts, str) else _matrix
+        shape = vector_of if isinstance(texts, str) else matrix_of
         return self._admit_now(check_texts(texts), prompt, prompt_name, priority, shape)
 
     def embed_counted_nowait(
@@ -209,7 +198,7 @@ class AsyncEmbedder(EmbedderLife):
             ModelError: It is broken.
             OptionsError: An argument cannot be.
         """
-        return self._admit_now(check_inputs(texts), prompt, prompt_name, priority, _counted)
+        return self._admit_now(check_inputs(texts), prompt, prompt_name, priority, counted_of)
 
     def _admit_now(
         self,
@@ -281,7 +270,7 @@ class AsyncEmbedder(EmbedderLife):
         def chosen(encoder: Encoder) -> str:
             return first_prompt_of(encoder, names) if prompt is None else prompt
 
-        shape = _vector if isinstance(texts, str) else _matrix
+        shape = vector_of if isinstance(texts, str) else matrix_of
         found: FloatMatrix = await self._answer(texts, chosen, priority, deadline_s, shape)
         return found
 
@@ -320,37 +309,9 @@ class AsyncEmbedder(EmbedderLife):
     def _request(
         self, texts: Sequence[AnyText], prompt: str, priority: int, shape: Callable[[Request], Any]
     ) -> Request:
-        return Request(texts, prompt, priority, self.dim, keep_errors=shape is _records, shape=shape)
+        return Request(texts, prompt, priority, self.dim, keep_errors=shape is records_of, shape=shape)
 
     def _open_desk(self) -> Desk:
         if self._desk is None:
             raise AssertionError("an open embedder has a desk: this is a bug")
         return self._desk
-
-
-def _vector(request: Request) -> FloatVector:
-    vector: FloatVector = request.vectors[0]
-    return vector
-
-
-def _matrix(request: Request) -> FloatMatrix:
-    return request.vectors
-
-
-def _counted(request: Request) -> CountedVectors:
-    return CountedVectors(request.vectors, request.n_tokens)
-
-
-def _records(request: Request) -> list[EmbeddedText]:
-    return [
-        EmbeddedText(
-            id=text_id(str(text)),
-            index=index,
-            key=None,
-            text=str(text),
-            embedding=None if index in request.errors else request.vectors[index],
-            n_tokens=request.n_tokens[index],
-            error=request.errors.get(index),
-        )
-        for index, text in enumerate(request.texts)
-    ]
