@@ -16,7 +16,7 @@ DEFAULT_SAVE_PATH = "data"
 FILE_OPTIONS = ("input_format", "column", "header", "on_bad_row")
 """Options that only concern the reading of a file."""
 
-MODEL_OPTIONS = ("device", "backend", "dtype", "batch_size", "token_limit", "trust_remote_code")
+MODEL_OPTIONS = ("device", "backend", "dtype", "batch_size", "token_limit", "trust_remote_code", "allow_pickle")
 """Options that are decided with the model: a job on an embedder's model cannot choose them anew."""
 
 Backend = Literal["auto", "torch", "openvino"]

@@ -67,10 +67,10 @@ class _EveryFunction(frozenset[str]):
 MAY_BLOCK = {
     "asyncembed/threads.py": {"aclose"},  # joins a thread that has told it has nothing left to do: microseconds
     "asyncembed/sources/pull.py": {"aclose", "take", "_put", "_wait_for_room"},  # the same, or held for an append
-    "asyncembed/embedder_thread.py": {
-        "close",
-        "embedder",
-    },  # for synchronous code: a test calls it on a loop
+    # For synchronous code: it is the test that calls them on a loop.
+    "asyncembed/embedder_thread.py": {"close", "embedder"},
+    "asyncembed/langchain.py": {"_wait"},
+    "asyncembed/store_cli/program.py": _EveryFunction(),
     "asyncembed/sinks/folder.py": {"of"},  # the working directory: no disk is asked
     "asyncembed/memory.py": _EveryFunction(),  # files of the kernel, answered from memory
     "asyncembed/summary.py": _EveryFunction(),  # the same: when the process began, and its peak of memory

@@ -46,7 +46,7 @@ class AsyncEmbedder(EmbedderLife):
         cache_bytes: What to keep of the vectors used last; 0 keeps none.
         **options: Options of `EmbedOptions` about model, chunks and vectors: `device`, `backend`, `dtype`,
             `batch_size`, `token_limit`, `chunk_size`, `chunk_overlap`, `long_texts`, `prompt`, `prompt_name`,
-            `normalize_embeddings`, `truncate_dim`, `trust_remote_code`.
+            `normalize_embeddings`, `truncate_dim`, `trust_remote_code`, `allow_pickle`.
 
     Raises:
         OptionsError: An option is unknown, cannot be, or has no meaning here.

@@ -122,7 +122,8 @@ def test_a_folder_removed_in_the_middle_exits_3_and_the_same_command_starts_anew
         process.stdin.writelines(texts[:20])
         process.stdin.flush()
         wait_for(process.stderr, "the first results are saved")
-        shutil.rmtree(tmp_path / "data")
+        (tmp_path / "data").rename(tmp_path / "gone")  # in one step: the job writes on meanwhile
+        shutil.rmtree(tmp_path / "gone", ignore_errors=True)
         _, errors = process.communicate("".join(texts[20:]))
     assert process.returncode == 3
     assert "the folder was moved or removed; put it back, or run the same command again" in errors

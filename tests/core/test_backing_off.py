@@ -38,7 +38,7 @@ def chunker_with(tokenizer: NarrowTokenizer) -> Chunker:
     return made
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), room=st.integers(1, 200))
 def test_chunk_backing_off_only_texts_that_do_not_fit_alone_fail(lengths: list[int], room: int) -> None:
     tokenizer = NarrowTokenizer(room)

@@ -221,3 +221,10 @@ def test_memory_of_a_real_cgroup_is_read() -> None:
         assert 0 < available < 256 * MIB
     finally:
         folder.rmdir()
+
+
+def test_peak_of_a_process_is_not_that_of_the_one_which_started_it() -> None:
+    ballast = b"x" * (256 << 20)
+    program = "from asyncembed.memory import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert 0 < int(done.stdout) < len(ballast)
