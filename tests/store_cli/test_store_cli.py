@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -161,10 +162,10 @@ async def test_rebuild_of_a_folder_that_lost_what_it_was_made_with_says_what_to_
 
 
 @pytest.mark.parametrize("command", [["rebuild"], ["verify", "--remove-damaged"]])
-async def test_writing_commands_are_refused_while_a_job_writes_and_reading_ones_are_not(
+def test_writing_commands_are_refused_while_a_job_writes_and_reading_ones_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
-    await fill(tmp_path)
+    asyncio.run(fill(tmp_path))
     lock = FolderLock(StorePaths.of(tmp_path))
     lock.acquire()
     try:
