@@ -199,9 +199,11 @@ class Job:
             return
         complete = False
         try:
-            await self._store.open()
+            await self._store.open(scan=False)
             recorded = {} if self._options.overwrite else self._store.fingerprint or {}
-            encoder, chunker, fingerprint = await self._load(recorded)
+            async with anyio.create_task_group() as group:  # a million texts take as long to list as a model to load
+                group.start_soon(self._store.scan)
+                encoder, chunker, fingerprint = await self._load(recorded)
             made_with = await self._model_thread.run(encoder.made_with)  # it looks up versions on disk
             await self._store.claim(fingerprint, made_with)
             await self._run_stages(encoder, chunker)

@@ -67,8 +67,11 @@ class JsonStore:
         """Texts that earlier runs have saved."""
         return len(self._writer.done)
 
-    async def open(self) -> None:
-        """Take the lock, repair what a killed run left, and find out what is done. On failure all is given back.
+    async def open(self, *, scan: bool = True) -> None:
+        """Take the lock, learn what the folder was made with, and find out what is done. On failure all is given back.
+
+        Args:
+            scan: False leaves out what is done, which takes 10 µs a text: await `scan` before `claim`.
 
         Raises:
             StoreLockedError: Another job is writing to the folder; the message gives its pid and host.
@@ -79,11 +82,20 @@ class JsonStore:
             raise ClosedError(f"this store was opened before ({self._state}); make another")
         self._state = "opening"
         try:
-            await self._in_thread(self._writer.open)
+            await self._in_thread(self._writer.open, scan=scan)
         except BaseException:
             await self.aclose(complete=False)
             raise
         self._state = "open"
+
+    async def scan(self) -> None:
+        """Find out what is done, and repair what a killed run left.
+
+        Raises:
+            StoreError: The folder cannot be used.
+        """
+        self._require_open()
+        await self._in_thread(self._writer.scan)
 
     async def claim(self, fingerprint: Mapping[str, object], made_with: Mapping[str, object]) -> None:
         """Compare the folder's fingerprint with this run's, or record it in a new folder.

@@ -61,11 +61,14 @@ class FolderWriter:
         self._claimed = False
         self._broken = False
 
-    def open(self) -> None:
-        """Take the lock and find out what is done.
+    def open(self, *, scan: bool = True) -> None:
+        """Take the lock, learn what the folder was made with, and find out what is done.
 
         With `overwrite`, nothing counts as done; the earlier results are removed when the first text is embedded, so a
         run that comes to nothing destroys nothing.
+
+        Args:
+            scan: False leaves out what is done, which takes 10 µs a text: call `scan` before `claim`.
 
         Raises:
             StoreLockedError: Another job writes to the folder.
@@ -81,6 +84,19 @@ class FolderWriter:
                 return
             self._index = index_state(paths.index)
             self.header = self._index.header or journal_header(paths.journal)
+        if scan:
+            self.scan()
+
+    def scan(self) -> None:
+        """Find out what is done, and repair what a killed run left.
+
+        Raises:
+            StoreError: The folder cannot be used.
+        """
+        paths = self.paths
+        if self._wipe:
+            return
+        with storage_errors(paths.root):
             if self._index.exists and not self._index.intact:
                 salvage_index(paths, self.header)
             if not self._journal.exists():

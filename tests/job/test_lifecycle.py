@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import asyncembed.job.job as job_module
 from asyncembed import (
     AsyncEmbedError,
     ClosedError,
@@ -20,6 +21,7 @@ from asyncembed import (
     Text,
     embed_stream,
 )
+from asyncembed.sinks.writer import FolderWriter
 from tests.conftest import all_tasks_done
 from tests.fakes import FakeEncoder
 
@@ -420,3 +422,22 @@ async def test_live_model_that_truncates_gives_what_its_encode_gives(model: Any,
     finally:
         model.truncate_dim = None
     np.testing.assert_allclose(vectors["a boat"], expected[0], atol=1e-5)
+
+
+async def test_model_loads_while_the_folder_is_scanned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=60)
+    load, scan = job_module.load_all, FolderWriter.scan
+
+    def loading(*arguments: Any) -> Any:
+        both.wait()
+        return load(*arguments)
+
+    def scanning(writer: FolderWriter) -> None:
+        both.wait()
+        scan(writer)
+
+    await embed_stream(["one", "two"], model=FakeEncoder(), save_path=tmp_path)
+    monkeypatch.setattr(job_module, "load_all", loading)
+    monkeypatch.setattr(FolderWriter, "scan", scanning)
+    summary = await embed_stream(["one", "two", "three"], model=FakeEncoder(), save_path=tmp_path).run()
+    assert (summary.cached, summary.embedded) == (2, 1)
