@@ -110,7 +110,7 @@ class Consumer:
         self._max_rows = max_rows
         self._worker = worker
         self._runner = ModelRunner(encoder)
-        self._second_chance: set[int] = set()
+        self._second_chance: set[Chunk] = set()
         self._on_embedded = on_embedded
         self._on_failed = on_failed
         self._on_settled = on_settled
@@ -227,6 +227,7 @@ class Consumer:
         if batch is self._probe or all(map(self._is_wanted, batch.chunks)):
             return batch
         wanted = tuple(filter(self._is_wanted, batch.chunks))
+        self._second_chance.difference_update(set(batch.chunks).difference(wanted))
         return Batch(wanted, batch.born) if wanted else None
 
     def _is_urgent_beside(self, batch: Batch) -> bool:
@@ -256,7 +257,7 @@ class Consumer:
             self._failed_in_a_row, self._passed = 0, batch.chunks[0]
             self._estimator.succeed(n_padded, outcome.seconds)
             if self._second_chance:
-                self._second_chance.difference_update(map(id, batch.chunks))
+                self._second_chance.difference_update(batch.chunks)
             self._on_embedded(batch, outcome.vectors)
             return
         if outcome.error is None or outcome.kind is None:
@@ -280,11 +281,11 @@ class Consumer:
     def _fail_alone(self, chunk: Chunk, kind: FailureKind, error: BaseException) -> None:
         if kind is FailureKind.OUT_OF_MEMORY:
             # Once more, after what waits: memory that a neighbour or an earlier failure holds may be free by then.
-            if id(chunk) not in self._second_chance:
-                self._second_chance.add(id(chunk))
+            if chunk not in self._second_chance:
+                self._second_chance.add(chunk)
                 self._retries.append(Batch((chunk,)))
                 return
-            self._second_chance.discard(id(chunk))
+            self._second_chance.discard(chunk)
             self._on_failed(chunk, f"a chunk of {chunk.length} tokens does not fit into memory even alone")
             return
         self._on_failed(chunk, f"the model failed on it: {type(error).__name__}: {error}")

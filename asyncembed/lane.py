@@ -7,7 +7,7 @@ nothing of the others with it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import NamedTuple
@@ -190,14 +190,16 @@ class Lane:
         elif self._heap.reprioritise(owner, priority):
             self._consumer.notify()
 
-    def discard(self, owner: int) -> None:
-        """Nobody waits for the text any more: drop it wherever it is, before it costs anything."""
-        item = self._open.pop(owner, None)
-        if item is None:
-            return
-        if not self._leave_intake(item):
-            self._assembler.discard(owner)
-            self._heap.discard(owner)
+    def discard(self, owners: Iterable[int]) -> None:
+        """Nobody waits for these texts any more: drop them wherever they are, before they cost anything."""
+        chunked: list[int] = []
+        for owner in owners:
+            item = self._open.pop(owner, None)
+            if item is not None and not self._leave_intake(item):
+                self._assembler.discard(owner)
+                chunked.append(owner)
+        if chunked:  # once for all: each time costs a pass over the window
+            self._heap.discard_many(chunked)
             self._consumer.drop_unwanted()
         self._wake()
 

@@ -132,13 +132,16 @@ class Desk:
     def leave(self, request: Request) -> None:
         """The request has its answer, or nobody waits for it: what only it wanted is dropped. Idempotent."""
         self._requests.discard(request)
+        unwanted: list[int] = []
         for index in list(request.open):
             work, _ = request.open[index]
             self._release(request, index)
             work.waiters.pop((request, index), None)
             if not work.waiters and self._works.get(work.key) is work:
                 del self._works[work.key]
-                self._lane.discard(work.owner)
+                unwanted.append(work.owner)
+        if unwanted:
+            self._lane.discard(unwanted)
         if request.future.done():
             if not request.future.cancelled():
                 request.future.exception()  # told to its caller, or to nobody: not to the loop's log

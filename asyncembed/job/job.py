@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -230,6 +231,9 @@ class Job:
         try:
             loaded = await thread.run(load_all, self._options, self._parts.splitter, recorded, encoder)
         except (asyncio.CancelledError, RuntimeError):
+            task = asyncio.current_task()
+            if task is not None and sys.version_info >= (3, 11) and task.cancelling():
+                raise  # it is we who were cancelled
             if self._engine is not None and self._engine.ended is not None:  # its thread was closed under our call
                 raise self._engine.ended from None
             raise

@@ -485,3 +485,19 @@ def test_take_window_of_20_000_chunks_does_not_loop_over_it(mixed_lengths: list[
     heap.push(chunks([40] * 64, priority=1))
     assert lines_run(lambda: heap.take(512, max_rows=64)) < 2000
     assert lines_run(lambda: heap.hasten(5)) < 500
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), max_size=40),
+    gone=st.lists(st.integers(0, 45)),
+    urgent=st.sets(st.integers(0, 39)),
+)
+def test_discard_many_drops_just_those_of_all_classes(lengths: list[int], gone: list[int], urgent: set[int]) -> None:
+    heap = ChunkHeap()
+    heap.push([chunk(length, owner=owner, priority=owner not in urgent) for owner, length in enumerate(lengths)])
+    assert heap.discard_many(gone) == len(set(gone) & set(range(len(lengths))))
+    left: list[int] = []
+    while batch := heap.take(100):
+        left += [item.owner for item in batch.chunks]
+    assert sorted(left) == sorted(set(range(len(lengths))) - set(gone))
+    assert heap.n_tokens == 0

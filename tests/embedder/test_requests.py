@@ -19,6 +19,7 @@ from asyncembed import (
     OverloadedError,
     TextError,
 )
+from asyncembed.heap import ChunkHeap
 from asyncembed.records import Batch
 from tests.fakes import FakeEncoder
 
@@ -572,3 +573,27 @@ async def test_embed_awaited_on_another_loop_is_handed_over() -> None:
 
         found = await anyio.to_thread.run_sync(lambda: asyncio.run(elsewhere()))
     assert found == vector("heron")
+
+
+async def test_cancelled_list_is_dropped_in_one_pass_over_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass a text would hold the loop for most of a second with the 10,000 texts that may wait."""
+    passes, discard_many = [], ChunkHeap.discard_many
+
+    def counted(heap: ChunkHeap, owners: Any) -> int:
+        passes.append(discard_many(heap, owners))
+        return passes[-1]
+
+    monkeypatch.setattr(ChunkHeap, "discard_many", counted)
+    gate, model = held_model()
+    async with AsyncEmbedder(model, batch_size=4) as embedder:
+        first = asyncio.ensure_future(embedder.embed("heron"))
+        await gate.begun()
+        many = asyncio.ensure_future(embedder.embed([f"text {number}" for number in range(300)]))
+        await until(lambda: embedder.statistics().waiting_chunks >= 290)
+        many.cancel()
+        await asyncio.wait([many])
+        await until(lambda: embedder.statistics().waiting_chunks == 0)
+        gate.let_go(9)
+        assert (await first).shape == (4,)
+    assert len(passes) == 1
+    assert passes[0] >= 290
