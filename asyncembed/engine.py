@@ -14,7 +14,7 @@ from asyncembed.assembly import Assembler
 from asyncembed.consumer import Consumer, ConsumerStatistics, LimitEstimator, current_limit
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.heap import ChunkHeap, HeapStatistics
-from asyncembed.lane import ChunkTexts, Lane
+from asyncembed.lane import BULK, ChunkTexts, Lane
 from asyncembed.options import EmbedOptions
 from asyncembed.records import Batch, Chunk, lane_of
 from asyncembed.threads import WorkerThread
@@ -45,7 +45,7 @@ class Engine:
         self.encoder = encoder
         self.model_thread = model_thread
         self._estimator = estimator
-        self._heap = ChunkHeap()
+        self._heap = ChunkHeap(prompt_below=BULK)
         self._lanes: dict[int, Lane] = {}
         self._numbers = count()
         self._ended: Exception | None = None

@@ -60,6 +60,8 @@ def embed_stream(
         if name in options:
             raise OptionsError(f"{name} is about reading a file: pass it to read_texts, and its result to embed_stream")
     if embedder is not None:
+        if not hasattr(embedder, "engine"):
+            raise OptionsError(f"embedder={embedder!r} must be an open AsyncEmbedder")
         model, options = _options_beside(embedder.options, model, options)
     chosen = EmbedOptions.from_kwargs(model=model, save_path=save_path, **options)
     return EmbedStream(texts, chosen, JobParts(host=embedder))

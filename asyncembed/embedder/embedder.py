@@ -13,7 +13,15 @@ import anyio
 from asyncembed.embedder.answers import CountedVectors, counted_of, matrix_of, records_of, vector_of
 from asyncembed.embedder.desk import Desk, Request
 from asyncembed.embedder.life import EmbedderLife
-from asyncembed.embedder.settings import Kind, Priority, check_inputs, check_texts, choose_options, priority_of
+from asyncembed.embedder.settings import (
+    Kind,
+    Priority,
+    check_deadline,
+    check_inputs,
+    check_texts,
+    choose_options,
+    priority_of,
+)
 from asyncembed.encoders import (
     DOCUMENT_PROMPTS,
     QUERY_PROMPTS,
@@ -283,6 +291,7 @@ class AsyncEmbedder(EmbedderLife):
         shape: Callable[[Request], Any],
     ) -> Any:
         chosen, number = check_texts(texts), priority_of(priority)
+        check_deadline(deadline_s)
         if self._loop is not None and asyncio.get_running_loop() is not self._loop:
             call = partial(self._answer, texts, prompt, priority, deadline_s, shape)
             return await asyncio.wrap_future(self._hand_over(call))

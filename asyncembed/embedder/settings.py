@@ -86,3 +86,14 @@ def check_texts(texts: str | Sequence[str]) -> list[str]:
         if not isinstance(text, str):
             raise OptionsError(f"item {index} is no text but {type(text).__name__}")
     return found
+
+
+def check_deadline(deadline_s: object) -> None:
+    """Refuse what is no time.
+
+    Raises:
+        OptionsError: It is neither None nor a number of seconds.
+    """
+    is_number = isinstance(deadline_s, (int, float)) and not isinstance(deadline_s, bool)
+    if deadline_s is not None and (not is_number or deadline_s != deadline_s):
+        raise OptionsError(f"deadline_s={deadline_s!r} must be a number of seconds, or None")

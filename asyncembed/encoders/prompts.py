@@ -23,8 +23,11 @@ def prompt_of(encoder: Encoder, prompt: str | None, prompt_name: str | None) -> 
     """What stands before every chunk: the prompt given, the model's own of that name, or its default.
 
     Raises:
-        OptionsError: The model has no prompt of that name.
+        OptionsError: The model has no prompt of that name, or either is no text.
     """
+    for name, value in (("prompt", prompt), ("prompt_name", prompt_name)):
+        if value is not None and not isinstance(value, str):
+            raise OptionsError(f"{name}={value!r} must be text, or None")
     if prompt is not None:
         return prompt
     if prompt_name is None:

@@ -111,7 +111,7 @@ class Job:
             self._store,
             want_vectors=parts.want_results,
             finished=self._delivery.put,
-            priority=BULK if parts.host is not None else 0,
+            priority=BULK,
         )
         self._model_thread = WorkerThread("asyncembed-model")
         self._stopping = anyio.CancelScope()

@@ -18,6 +18,7 @@ from asyncembed import (
     OptionsError,
     OverloadedError,
     TextError,
+    embed_stream,
 )
 from asyncembed.heap import ChunkHeap
 from asyncembed.records import Batch
@@ -597,3 +598,33 @@ async def test_cancelled_list_is_dropped_in_one_pass_over_what_waits(monkeypatch
         assert (await first).shape == (4,)
     assert len(passes) == 1
     assert passes[0] >= 290
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"prompt": 3}, {"prompt": ["x"]}, {"prompt_name": ["q"]}, {"deadline_s": "1"}, {"deadline_s": float("nan")}],
+)
+async def test_embed_option_of_a_wrong_type_is_refused_and_the_embedder_goes_on(wrong: dict[str, Any]) -> None:
+    async with AsyncEmbedder(FakeEncoder()) as embedder:
+        with pytest.raises(OptionsError, match=next(iter(wrong))):
+            await embedder.embed("heron", **wrong)
+        assert (await embedder.embed("heron")).shape == (4,)
+    with pytest.raises(OptionsError, match="open AsyncEmbedder"):
+        embed_stream(["heron"], embedder="x")  # type: ignore[arg-type]  # on purpose
+
+
+async def test_interactive_texts_of_any_length_are_served_in_turn() -> None:
+    """Each batch holds the text that has waited longest: one in a hundred must not wait twice as long as all."""
+    gate, model = held_model()
+    async with AsyncEmbedder(model, token_limit=12) as embedder:
+        asked = [asyncio.ensure_future(embedder.embed("first"))]
+        await gate.begun()
+        odd = "short"  # the best run anywhere is one of three longer texts
+        asked.append(asyncio.ensure_future(embedder.embed(odd)))
+        await until(lambda: embedder.statistics().requests == 2)
+        for number in range(40):
+            asked.append(asyncio.ensure_future(embedder.embed(f"text {number}")))
+        await until(lambda: embedder.statistics().requests == 42)
+        gate.let_go(60)
+        await asyncio.gather(*asked)
+    assert odd in [text for batch in gate.batches[:3] for text in batch]
