@@ -501,3 +501,13 @@ def test_discard_many_drops_just_those_of_all_classes(lengths: list[int], gone: 
         left += [item.owner for item in batch.chunks]
     assert sorted(left) == sorted(set(range(len(lengths))) - set(gone))
     assert heap.n_tokens == 0
+
+
+@pytest.mark.parametrize(("prompt_below", "comes_first"), [(10, True), (0, False)])
+def test_take_somebody_who_waits_is_served_in_turn(prompt_below: int, comes_first: bool) -> None:
+    heap = ChunkHeap(prompt_below=prompt_below)
+    heap.push([chunk(3, owner=777)])  # shorter than all others: the best run anywhere is never one with it
+    heap.push(chunks([40] * 40))
+    batch = heap.take(120)
+    assert batch is not None
+    assert (777 in {item.owner for item in batch.chunks}) is comes_first

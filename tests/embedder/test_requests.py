@@ -611,20 +611,3 @@ async def test_embed_option_of_a_wrong_type_is_refused_and_the_embedder_goes_on(
         assert (await embedder.embed("heron")).shape == (4,)
     with pytest.raises(OptionsError, match="open AsyncEmbedder"):
         embed_stream(["heron"], embedder="x")  # type: ignore[arg-type]  # on purpose
-
-
-async def test_interactive_texts_of_any_length_are_served_in_turn() -> None:
-    """Each batch holds the text that has waited longest: one in a hundred must not wait twice as long as all."""
-    gate, model = held_model()
-    async with AsyncEmbedder(model, token_limit=12) as embedder:
-        asked = [asyncio.ensure_future(embedder.embed("first"))]
-        await gate.begun()
-        odd = "short"  # the best run anywhere is one of three longer texts
-        asked.append(asyncio.ensure_future(embedder.embed(odd)))
-        await until(lambda: embedder.statistics().requests == 2)
-        for number in range(40):
-            asked.append(asyncio.ensure_future(embedder.embed(f"text {number}")))
-        await until(lambda: embedder.statistics().requests == 42)
-        gate.let_go(60)
-        await asyncio.gather(*asked)
-    assert odd in [text for batch in gate.batches[:3] for text in batch]
