@@ -17,6 +17,11 @@ from asyncembed.sinks.journal import journal_header
 from asyncembed.sinks.origin import is_of
 from asyncembed.sinks.record_file import StoredText, read_record
 
+_UNTOLD = (
+    "nothing says which is right, so none is removed: move away what does not belong here, and a job with the options "
+    "that made the rest makes the index anew"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -94,26 +99,34 @@ class FolderCheck:
             yield Fault(path, str(error).removeprefix(f"{path}: ").split("; delete")[0], True)
             return
         self.n_files += 1
-        reason = self._misfit(stored, entry or {}, path)
-        if reason is not None:
-            yield Fault(path, reason, True)
+        fault = self._misfit(stored, entry or {}, path)
+        if fault is not None:
+            yield fault
 
-    def _misfit(self, stored: StoredText, entry: dict[str, Any], path: str) -> str | None:
-        """Why a file that is whole does not belong here; None if it does."""
+    def _misfit(self, stored: StoredText, entry: dict[str, Any], path: str) -> Fault | None:
+        """What is wrong with a file that can be read; None if nothing is.
+
+        A file may go for what it differs in only where a header says what is right: of files that merely differ from
+        each other, any may be the good ones.
+        """
         dim = len(stored.embedding)
-        if self._dim is None:
-            self._dim = self._header.fingerprint.get("dim", dim) if self._header is not None else dim
-        # 1. another length   2. other options   3. counts that cannot be   4. not what the index says
-        if dim != self._dim:
-            return f"its vector has {dim} numbers, the folder's have {self._dim}"
-        if self._header is not None and not is_of(stored, self._header):
-            return "it was made with other weights or options than the rest of the folder"
+        told = self._header.fingerprint.get("dim") if self._header is not None else None
+        # 1. damaged by itself   2. another length   3. other options   4. not what the index says
         if not stored.chunks:
-            return "it has no chunks"
+            return Fault(path, "it has no chunks", True)
         if any(chunk.start < 0 or chunk.n_tokens < 0 for chunk in stored.chunks) or stored.n_tokens < 0:
-            return "a count in it is below 0"
+            return Fault(path, "a count in it is below 0", True)
+        if told is None:
+            self._dim = self._dim or dim
+            if dim != self._dim:
+                return Fault(path, f"its vector has {dim} numbers, the first file's {self._dim}; {_UNTOLD}")
+        elif dim != told:
+            return Fault(path, f"its vector has {dim} numbers, the folder's have {told}", True)
+        if self._header is not None and not is_of(stored, self._header):
+            return Fault(path, "it was made with other weights or options than the rest of the folder", True)
         found = {"n_chunks": len(stored.chunks), "n_tokens": stored.n_tokens, "size": os.stat(path).st_size}
         for name, number in found.items():
             if entry.get(name, number) != number:
-                return f"its {name} is {number}, the index says {entry[name]}"
+                reason = f"its {name} is {number}, the index says {entry[name]}"
+                return Fault(path, reason, self._header is not None)
         return None

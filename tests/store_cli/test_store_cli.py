@@ -14,7 +14,7 @@ import pytest
 
 from asyncembed.records import text_id
 from asyncembed.sinks import open_embeddings
-from asyncembed.sinks.folder import StorePaths
+from asyncembed.sinks.folder import StorePaths, record_ids
 from asyncembed.sinks.lock import FolderLock
 from asyncembed.store_cli.program import run
 from tests.conftest import ROOT
@@ -33,6 +33,12 @@ async def fill(folder: Path) -> None:
     async with opened(folder) as store:
         await store.commit([record(f"text {n}", f"k{n}") for n in range(5)])
         await store.commit([failure("bad", "too long", "kb"), record("text 1", "other")])
+
+
+async def pass_over(folder: Path) -> None:
+    """A job with the options that made the folder, and no texts."""
+    async with opened(folder):
+        pass
 
 
 def _change(**fields: object) -> Callable[[Path], None]:
@@ -101,6 +107,31 @@ async def test_verify_of_missing_file_torn_index_and_lost_index_says_so(
     (tmp_path / "embeddings_index.json").unlink()
     assert run(["verify", str(tmp_path)]) == 1
     assert "is gone, and with it what the texts were made with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_remove_damaged_without_a_header_removes_no_file_for_its_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], first: bool
+) -> None:
+    """Whichever file is listed first, it is no judge of the others."""
+    asyncio.run(fill(tmp_path))
+    (tmp_path / "embeddings_index.json").unlink()
+    listed = [name for block in record_ids(StorePaths.of(tmp_path)) for name in block]
+    stray, torn = (tmp_path / "embeddings_data" / f"{listed[n]}.json" for n in ((0, 1) if first else (1, 2)))
+    fields = orjson.loads(stray.read_bytes())
+    stray.write_bytes(orjson.dumps({**fields, "embedding": [1.0, 2.0, 3.0]}))
+    _half(torn)
+    assert run(["verify", "--remove-damaged", "--json", str(tmp_path)]) == 1
+    *faults, numbers = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [fault["path"] for fault in faults if fault["removed"]] == [str(torn)]
+    assert numbers["removed"] == 1
+    differing = [fault["reason"] for fault in faults if "its vector has" in fault["reason"]]
+    assert len(differing) == (3 if first else 1)
+    assert all("a job with the options that made the rest makes the index anew" in reason for reason in differing)
+
+    stray.unlink()  # what the message says
+    asyncio.run(pass_over(tmp_path))
+    assert run(["verify", str(tmp_path)]) == 0
 
 
 async def test_verify_of_a_killed_run_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
