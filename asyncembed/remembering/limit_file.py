@@ -1,7 +1,8 @@
 """One small file for each model and device in the user's cache folder, and a note while a larger batch is tried.
 
 The file appears whole or not at all, and one that is damaged is as good as none. A note is a file of its own with the
-process that wrote it: found after that process has died, the batch it tells of was the last thing that it did.
+process that wrote it: found after that process has died, the batch it tells of was the last thing that it did. The
+folder may be shared with other hosts and containers; a note is judged only where its process could be seen.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Mapping
@@ -27,6 +29,7 @@ logger = logging.getLogger("asyncembed")
 
 _FORMAT = 1
 _CLOCK_SLACK_S = 2.0
+_DROP_NOTE_AFTER_S = 7 * 24 * 3600.0  # of another place; no batch takes so long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +105,7 @@ class LimitFile:
     def begin_trial(self, n_tokens: int) -> None:
         """Note that a batch of `n_tokens` padded tokens is about to run, flushed to the disk before this returns."""
         process = psutil.Process()
-        note = {"n_tokens": n_tokens, "pid": process.pid, "started": process.create_time()}
+        note = {"n_tokens": n_tokens, "pid": process.pid, "started": process.create_time(), **_place()}
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             with self._note.open("wb") as file:
@@ -120,17 +123,22 @@ class LimitFile:
     def take_deaths(self) -> list[int]:
         """Padded tokens of the batches that dead processes had noted; their notes are removed.
 
+        A note of an earlier boot of this host is a death: the machine may have gone down with it. A note of another
+        host, or of a container whose processes cannot be seen from here, is left alone, and dropped after a week.
         Of two processes that ask at once, only one is told of a note.
         """
         deaths: list[int] = []
+        here = _place()
         for note in self._root.glob(f"{self._key}.*.trial"):
             try:
                 facts = json.loads(note.read_bytes())
-                n_tokens = int(facts["n_tokens"])
-                if n_tokens < 1 or _is_alive(int(facts["pid"]), float(facts["started"])):
-                    continue
-                note.unlink()
-                deaths.append(n_tokens)
+                n_tokens, has_died = int(facts["n_tokens"]), _has_died(facts, here)
+                if n_tokens < 1:
+                    raise ValueError(f"{n_tokens} is no number of tokens")
+                if has_died or (has_died is None and _age_s(note) > _DROP_NOTE_AFTER_S):
+                    note.unlink()
+                if has_died:
+                    deaths.append(n_tokens)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError):
@@ -143,6 +151,29 @@ class LimitFile:
         if not self._warned:
             self._warned = True
             logger.warning("what is learnt of batches cannot be kept for the next run: %s", error)
+
+
+def _place() -> dict[str, str | None]:
+    """Where a process number means something: None for what this system does not tell."""
+    boot = namespace = None
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return {"host": socket.gethostname(), "boot": boot, "pid_namespace": namespace}
+
+
+def _has_died(note: Mapping[str, Any], here: Mapping[str, str | None]) -> bool | None:
+    """Whether the process of a note has ended; None if that cannot be known from here."""
+    started = float(note["started"])
+    # 1. another host   2. another boot: an earlier one, or a namesake of this host   3. another container   4. here
+    if note["host"] != here["host"]:
+        return None
+    if note["boot"] != here["boot"]:
+        return True if started < psutil.boot_time() else None
+    if note["pid_namespace"] != here["pid_namespace"]:
+        return None
+    return not _is_alive(int(note["pid"]), started)
 
 
 def _is_alive(pid: int, started: float) -> bool:

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,6 +115,44 @@ def test_take_deaths_of_a_dead_process_or_a_reused_number_is_told_once(file: Lim
     assert LimitFile({**FACTS, "model": "b"}, tmp_path).take_deaths() == []
     assert LimitFile(FACTS, tmp_path).take_deaths() == [100]
     assert LimitFile(FACTS, tmp_path).take_deaths() == []
+
+
+ELSEWHERE = [{"host": "another"}, {"pid_namespace": "pid:[1]"}, {"host": "another", "boot": "another"}]
+
+
+def edit_note(folder: Path, **changes: object) -> Path:
+    (note,) = folder.glob("*.trial")
+    note.write_text(json.dumps({**json.loads(note.read_bytes()), **changes}))
+    return note
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_take_deaths_note_of_another_host_or_container_is_left_alone_and_dropped_after_a_week(
+    file: LimitFile, tmp_path: Path, place: dict[str, str]
+) -> None:
+    """Its process number says nothing here, whatever has it."""
+    file.begin_trial(100)
+    note = edit_note(tmp_path, started=1000.0, **place)
+    assert LimitFile(FACTS, tmp_path).take_deaths() == []
+    for days, stays in ((6, True), (8, False)):
+        at = time.time() - days * 24 * 3600
+        os.utime(note, (at, at))
+        assert LimitFile(FACTS, tmp_path).take_deaths() == []
+        assert note.exists() == stays
+
+
+def test_take_deaths_note_of_an_earlier_boot_is_a_death(file: LimitFile, tmp_path: Path) -> None:
+    file.begin_trial(100)
+    edit_note(tmp_path, boot="another", pid_namespace="pid:[1]", started=psutil.boot_time() - 1000)
+    assert LimitFile(FACTS, tmp_path).take_deaths() == [100]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_take_deaths_note_of_a_namesake_of_this_host_is_left_alone(file: LimitFile, tmp_path: Path) -> None:
+    file.begin_trial(100)
+    note = edit_note(tmp_path, boot="another", started=psutil.boot_time() + 1000)
+    assert LimitFile(FACTS, tmp_path).take_deaths() == []
+    assert note.exists()
 
 
 # --- the keeper ---
