@@ -56,7 +56,8 @@ class AsyncEmbedEmbeddings(Embeddings):
 
     def close(self) -> None:
         """End the embedder of its own, if it has one. Idempotent."""
-        self._closed = True
+        with self._starting:  # or a call could start a thread after this, and nobody would end it
+            self._closed = True
         if self._thread is not None:
             self._thread.close()
 
@@ -89,9 +90,9 @@ class AsyncEmbedEmbeddings(Embeddings):
         return await asyncio.shield(asyncio.wrap_future(self._own().opened))
 
     def _own(self) -> EmbedderThread:
-        if self._closed:
-            raise ClosedError("these embeddings are closed; make others")
         with self._starting:
+            if self._closed:
+                raise ClosedError("these embeddings are closed; make others")
             if self._thread is None:
                 self._thread = EmbedderThread(self._make)
             return self._thread

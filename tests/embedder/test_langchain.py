@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,34 @@ async def test_asynchronous_calls_on_an_embedder_of_its_own() -> None:
     embeddings.close()
     with pytest.raises(ClosedError):
         embeddings.embed_query("heron")
+
+
+class Overtaken:
+    """A lock whose first taker is overtaken by what `first` does."""
+
+    def __init__(self, first: Callable[[], None]) -> None:
+        self._first: Callable[[], None] | None = first
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        first, self._first = self._first, None
+        if first is not None:
+            first()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_first_call_that_a_close_overtakes_loads_no_model() -> None:
+    embeddings = AsyncEmbedEmbeddings(FakeEncoder())
+    embeddings._starting = Overtaken(embeddings.close)  # type: ignore[assignment]  # no other way to that moment
+    try:
+        with pytest.raises(ClosedError):
+            embeddings.embed_query("heron")
+        assert embeddings._thread is None
+    finally:
+        embeddings.close()
 
 
 async def test_queries_and_documents_have_prompts_of_their_own() -> None:
