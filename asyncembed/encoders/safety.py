@@ -42,11 +42,14 @@ def check_downloaded(name: str, *, allow_pickle: bool) -> None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cache = os.environ.get("SENTENCE_TRANSFORMERS_HOME")  # as sentence-transformers itself looks for it
-    try:
-        folder = snapshot_download(name, local_files_only=True, cache_dir=cache)
-    except LocalEntryNotFoundError:
-        return  # kept elsewhere; of a pickle torch has read weights and nothing else
-    check_weights(Path(folder), allow_pickle=allow_pickle)
+    # A name without a maker is one of sentence-transformers' own models; a few, as bert-base-uncased, have none at all.
+    for full_name in (name,) if "/" in name else (f"sentence-transformers/{name}", name):
+        try:
+            folder = snapshot_download(full_name, local_files_only=True, cache_dir=cache)
+        except LocalEntryNotFoundError:
+            continue  # if under no name, it is kept elsewhere; of a pickle torch has read weights and nothing else
+        check_weights(Path(folder), allow_pickle=allow_pickle)
+        return
 
 
 def loading_error(model: str | os.PathLike[str], error: Exception) -> ModelError:

@@ -139,20 +139,24 @@ def test_code_in_the_folder_runs_only_when_it_is_trusted(
     assert (tmp_path / "ran").exists() == trusted
 
 
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [("someone/some-model", "someone--"), ("some-model", "sentence-transformers--"), ("bert-base-uncased", "")],
+)
 @pytest.mark.parametrize("part", [None, "", "2_Dense"])
 def test_model_of_a_hub_is_held_to_the_same(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str | None
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str | None, name: str, maker: str
 ) -> None:
     import huggingface_hub.constants
 
-    cache = tmp_path / "hub" / "models--someone--some-model"
+    cache = tmp_path / "hub" / f"models--{maker}{name.split('/')[-1]}"
     snapshot = cache / "snapshots" / ("0" * 40)
     shutil.copytree(saved, snapshot)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0" * 40)
     monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    options = EmbedOptions(model="someone/some-model", backend="torch", device="cpu")
+    options = EmbedOptions(model=name, backend="torch", device="cpu")
     if part is None:
         assert load_encoder(options).dim == 8
     else:
