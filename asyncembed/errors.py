@@ -53,7 +53,15 @@ class StoreLockedError(StoreError):
 
 
 class CorruptRecordError(StoreError):
-    """A file of the folder is damaged: torn, empty, or not what its name says."""
+    """A file of the folder is damaged: torn, empty, or not what its name says.
+
+    Attributes:
+        reason: What is wrong with it, without its path and what to do; the message where nothing shorter was given.
+    """
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
 
 
 class TextError(AsyncEmbedError):

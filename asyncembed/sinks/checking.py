@@ -96,7 +96,7 @@ class FolderCheck:
             return
         except CorruptRecordError as error:
             self.n_files += 1
-            yield Fault(path, str(error).removeprefix(f"{path}: ").split("; delete")[0], True)
+            yield Fault(path, error.reason, True)
             return
         self.n_files += 1
         fault = self._misfit(stored, entry or {}, path)

@@ -200,7 +200,8 @@ class StoredEmbeddings:
             raise
         if len(vector) != dim:
             path = self._paths.record(identity)
-            raise CorruptRecordError(f"{path}: its vector has {len(vector)} numbers, the folder's have {dim}")
+            reason = f"its vector has {len(vector)} numbers, the folder's have {dim}"
+            raise CorruptRecordError(f"{path}: {reason}", reason=reason)
         return vector
 
     def _read(self, identity: str, name: str) -> StoredText:

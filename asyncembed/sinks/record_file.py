@@ -111,7 +111,7 @@ def read_record(identity: str, path: str) -> StoredText:
 
 
 def _corrupt(path: str, reason: str) -> CorruptRecordError:
-    return CorruptRecordError(f"{path}: {reason}; delete the file, and the next run makes it again")
+    return CorruptRecordError(f"{path}: {reason}; delete the file, and the next run makes it again", reason=reason)
 
 
 def _storable(vector: FloatVector) -> FloatVector:

@@ -120,7 +120,7 @@ def _list_files(paths: StorePaths, header: Header, journal: Journal, whole: Dige
                 try:
                     stored, size = read_record(identity, path), os.stat(path).st_size
                 except CorruptRecordError as error:
-                    yield Fault(path, str(error).removeprefix(f"{path}: ").split("; delete")[0], True)
+                    yield Fault(path, error.reason, True)
                     continue
                 if not is_of(stored, header):
                     yield Fault(path, "it was made with other weights or options than the rest of the folder", True)

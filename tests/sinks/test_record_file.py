@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -101,3 +102,13 @@ def test_decode_record_changed_field_is_corrupt(change: dict[str, object]) -> No
 def test_decode_record_other_bytes_are_corrupt(data: bytes) -> None:
     with pytest.raises(CorruptRecordError):
         decode_record(text_id("hello"), data, "x.json")
+
+
+def test_corrupt_record_error_tells_its_reason_apart_from_path_and_advice() -> None:
+    with pytest.raises(CorruptRecordError) as empty:
+        decode_record(text_id("hello"), b"", "x.json")
+    assert empty.value.reason == "it is empty"
+    assert str(empty.value) == "x.json: it is empty; delete the file, and the next run makes it again"
+    copied = copy.copy(empty.value)  # rebuilt as pickle does it
+    assert (copied.reason, str(copied)) == (empty.value.reason, str(empty.value))
+    assert CorruptRecordError("x.json: it is gone").reason == "x.json: it is gone"

@@ -59,6 +59,7 @@ def _empty(path: Path) -> None:
 FAULTS = [
     (_half, "cannot be read back"),
     (_empty, "it is empty"),
+    (_change(embedding=["a; delete b"]), "could not convert string to float: 'a; delete b')"),
     (_change(text="another"), "not the one that its name says"),
     (_change(embedding=[1.0, 2.0]), "its vector has 2 numbers, the folder's have 4"),
     (_change(embedding=[1.0, 2.0, 3.0, 1e300]), "empty or not finite"),
