@@ -106,8 +106,7 @@ class _Routes:
         if service.condition != "ready":
             raise service.why_not_ready()
         try:
-            async with service.bodies.read(request) as body:
-                asked = await self._parse(body)
+            asked = await self._asked(request)
         except ClientDisconnect:
             return Response(status_code=GONE)
         future = service.admit(asked)
@@ -157,6 +156,11 @@ class _Routes:
 
     def _model(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._service.created, "owned_by": "asyncembed"}
+
+    async def _asked(self, request: Request) -> EmbeddingsRequest:
+        """What the body asks for. The body is held in here only: it is gone before the model is waited for."""
+        async with self._service.bodies.read(request) as body:
+            return await self._parse(body)
 
     async def _parse(self, body: bytes) -> EmbeddingsRequest:
         max_inputs = self._service.settings.max_inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from typing import Any
 
 import anyio
@@ -228,6 +229,30 @@ async def test_client_that_goes_away_while_it_sends_leaves_nothing() -> None:
         await until(lambda: service.bodies.n_bytes == 1)
         await stream.aclose()
         await until(lambda: service.bodies.n_bytes == 0)
+
+
+async def test_body_is_freed_before_the_model_is_waited_for() -> None:
+    n_blank = 8 * 2**20
+
+    async def padded() -> Any:
+        blanks = b" " * 2**16
+        yield b'{"input": "a heron"'
+        for _ in range(n_blank // len(blanks)):
+            yield blanks
+        yield b"}"
+
+    gate, encoder = held_model()
+    async with opened(AsyncEmbedder(encoder)) as service, client(service) as http, anyio.create_task_group() as group:
+        tracemalloc.start()
+        try:
+            group.start_soon(lambda: http.post(PATH, content=padded()))
+            await gate.begun()
+            n_held, n_peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            gate.let_go()
+    assert n_peak > n_blank
+    assert n_held < n_blank / 2
 
 
 async def test_bodies_being_read_are_bounded_together() -> None:
