@@ -157,5 +157,8 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    shown = repr(value)
+    """A value for a message, in some 40 characters: of lists and objects the kind, as they may be nested very deep."""
+    if isinstance(value, list | dict):
+        return _kind(value)
+    shown = repr(value[:40] if isinstance(value, str) else value)  # not of megabytes, to throw most of it away
     return shown if len(shown) <= 40 else f"{shown[:37]}..."

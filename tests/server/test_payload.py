@@ -98,6 +98,23 @@ def test_body_that_is_no_object_or_too_deep_is_refused(body: bytes) -> None:
     assert len(caught.value.message) < 300
 
 
+@pytest.mark.parametrize("field", ["encoding_format", "dimensions"])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (b"[" * 1000 + b"]" * 1000, "not list"),
+        (b'{"a":' * 1000 + b"0" + b"}" * 1000, "not object"),
+        (b'"' + b"x" * 2**20 + b'"', f"not '{'x' * 36}..."),
+    ],
+    ids=["list", "object", "string"],
+)
+def test_deep_or_long_value_is_refused_in_a_short_message(field: str, value: bytes, shown: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_request(b'{"input": "a", "%b": %b}' % (field.encode(), value), 4)
+    assert (caught.value.status, caught.value.param) == (400, field)
+    assert caught.value.message.endswith(shown)
+
+
 @settings(max_examples=60)
 @given(body=st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_body_is_read_or_refused(body: bytes) -> None:
