@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ def parse(arguments: Sequence[str]) -> ServerSettings | int:
 def _settings(**values: Any) -> ServerSettings:
     """What click calls with the values of all parameters."""
     api_key = values.pop("api_key")
-    if api_key is not None and not api_key.strip():
+    if api_key is not None and not (api_key := api_key.strip(string.whitespace)):  # as the client's is
         raise click.UsageError("the API key is empty; leave --api-key away to let everyone in")
     options = {name: values.pop(name) for name in TAKEN if name != "model"}
     options["max_pending_bytes"] = values.pop("max_pending_bytes") or None

@@ -264,10 +264,24 @@ async def test_bodies_being_read_are_bounded_together() -> None:
         stream = await anyio.connect_tcp("127.0.0.1", port)
         await stream.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n" % PATH.encode() + b" " * 45)
         await until(lambda: service.bodies.n_bytes == 45)
+        assert (await http.post(PATH, json={"input": "a"})).status_code == 200  # a small one is read all the same
+        service.bodies.small_bytes = 0
         refused(await http.post(PATH, json={"input": "a"}), 429, "overloaded")
         await stream.aclose()
         await until(lambda: service.bodies.n_bytes == 0)
         assert (await http.post(PATH, json={"input": "a"})).status_code == 200
+
+
+async def test_body_that_does_not_arrive_is_given_up() -> None:
+    async with opened(AsyncEmbedder(FakeEncoder())) as service, listening(service) as port:
+        service.bodies.read_s = 0.0  # over before the next piece can come
+        stream = await anyio.connect_tcp("127.0.0.1", port)
+        await stream.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n" % PATH.encode() + b" " * 45)
+        with anyio.fail_after(60):
+            answer = await stream.receive()
+        assert answer.startswith(b"HTTP/1.1 408")
+        await stream.aclose()
+        await until(lambda: service.bodies.n_bytes == 0)
 
 
 async def test_large_answer_is_encoded_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
