@@ -13,8 +13,12 @@ from typing import Any
 from tests.conftest import ROOT
 from tests.soak.figures import Figures
 
-LIMITS = (("torch", 100), ("torch", 200), ("torch", 300), ("openvino", 250), ("openvino", 300))
-"""Backend, and MiB of address space above the loaded model."""
+LIMITS = (("torch", 100), ("torch", 150), ("torch", 200), ("torch", 300), ("openvino", 600))
+"""Backend, and MiB of address space above the loaded model.
+
+OpenVINO with 400 or less is no test of ours: what a stream allocated before it failed stays taken until the process
+ends, so that in the end not even single chunks fit, and with 300 it has died of a segmentation fault.
+"""
 
 N_TEXTS = 200
 HELD = ((1_000_000, 44, 256 << 20), (3, 5_000_000, 256 << 20))
