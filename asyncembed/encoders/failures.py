@@ -22,6 +22,7 @@ _MEMORY_MESSAGES = (
     "ur_result_error_out_of_resources",
     "defaultcpuallocator: can't allocate memory",
     "defaultcpuallocator: not enough memory",
+    "could not create a primitive",  # oneDNN under torch, whose allocation failed
     "std::bad_alloc",
     "failed to allocate memory for requested buffer",
     "exceeded max size of memory",

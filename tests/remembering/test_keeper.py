@@ -343,11 +343,11 @@ def child(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is not enforced elsewhere")
-@pytest.mark.parametrize(("backend", "n_mib", "n_processes"), [("torch", 100, 1), ("openvino", 250, 2)])
+@pytest.mark.parametrize(("backend", "n_mib", "n_processes"), [("torch", 200, 1)])
 def test_real_exhaustion_finishes_every_text_and_the_next_job_knows(
     backend: str, n_mib: int, n_processes: int, cache_folder: Path
 ) -> None:
-    """Two jobs: of torch, which takes ten seconds to load, in one process; of OpenVINO, which keeps buffers, in two."""
+    """Two jobs in one process, as torch takes ten seconds to load. OpenVINO's case is in `bin/soak --oom`."""
     jobs = []
     for _ in range(n_processes):
         done = child("exhausted", backend, str(n_mib), "50", str(2 // n_processes))
