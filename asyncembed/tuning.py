@@ -29,8 +29,12 @@ CLIP = 0.4
 WARM_UP = 2
 """First samples that are not counted: caches are cold and kernels are chosen."""
 
-FULL = 0.75
-"""A batch says something about a size if it fills so much of it."""
+FULL = 0.5
+"""A batch was made for a size if it fills more than this of it: where enough waits, every batch does, since one row
+more than half as long as the size stands alone."""
+
+OVERLAPPED = 4
+"""Batches of a sample for each that runs at once, where several do: at its ends up to half of one counts amiss."""
 
 PATIENCE = 40
 """Samples' worth of batches after which a challenge without an end is given up: batches do not fill such a size."""
@@ -40,7 +44,9 @@ class SpeedTuner:
     """Chooses a size between bounds from the measured speed of batches.
 
     A batch's `seconds` are those from the end of the batch before it (or its own start, if the model was idle) to
-    its own end: of batches that overlap, only their sum means anything, so `slots` batches make one sample.
+    its own end. Of batches that overlap only their sum means anything, so several of one size in a row make a sample,
+    without the first ones, which overlapped with those of the other size: each of them would be taken for what the
+    others had under way, and the smaller size for up to a third faster than it is.
 
     Args:
         start: The first size, in padded tokens.
@@ -53,13 +59,15 @@ class SpeedTuner:
     def __init__(self, start: int, smallest: int, largest: int, *, slots: int = 1, settled: bool = False) -> None:
         self._smallest = smallest
         self._largest = largest
-        self._slots = slots
+        n_streams = max(1, slots - 1)
+        self._n_skipped = slots - 1
+        self._turn = self._n_skipped + (OVERLAPPED * n_streams if slots > 1 else 1)
         self._start = self._best = start
         self._rival: int | None = None
         self._tried = {start}
         self._goes_up = True
         self._samples: dict[int, list[float]] = {}
-        self._open: tuple[int, list[tuple[int, float]]] = (0, [])
+        self._open: tuple[int | None, list[tuple[int, float]]] = (None, [])
         self._n_added = 0
         self._n_warm = 0
         self._is_settled = settled or smallest >= largest
@@ -72,7 +80,7 @@ class SpeedTuner:
         """What the next batch should have, in padded tokens."""
         if self._rival is None:
             return self._best
-        return self._rival if self._n_added // self._slots % 2 == 0 else self._best
+        return self._rival if self._n_added // self._turn % 2 == 0 else self._best
 
     @property
     def best(self) -> int:
@@ -100,28 +108,27 @@ class SpeedTuner:
             return
         if self._rival is not None:
             self._n_added += 1
-        size = self._size_of(n_tokens)
-        if size is not None:
-            self._collect(size, n_tokens, seconds)
-        if not self._is_settled and self._n_added > PATIENCE * self._slots:
+        self._collect(self._size_of(n_tokens), n_tokens, seconds)
+        if not self._is_settled and self._n_added > PATIENCE * self._turn:
             self._lose()
 
     def _size_of(self, n_tokens: int) -> int | None:
         """Which of the two sizes a batch was made for: it comes some batches after it was asked for."""
         for size in sorted({self._best, self._rival or self._best}):
-            if FULL * size <= n_tokens <= size:
+            if FULL * size < n_tokens <= size:
                 return size
         return None
 
-    def _collect(self, size: int, n_tokens: int, seconds: float) -> None:
+    def _collect(self, size: int | None, n_tokens: int, seconds: float) -> None:
         same, batches = self._open
         if same != size:
             batches = []
         batches.append((n_tokens, seconds))
         self._open = (size, batches)
-        if len(batches) < self._slots:
+        if size is None or len(batches) < self._turn:
             return
-        self._open = (size, [])
+        self._open = (None, [])
+        batches = batches[self._n_skipped :]
         self._n_warm += 1
         if self._n_warm <= WARM_UP:
             return
@@ -163,7 +170,7 @@ class SpeedTuner:
         self._tried.add(rival)
         self._rival, self._n_added = rival, 0
         self._samples.clear()
-        self._open = (0, [])
+        self._open = (None, [])
 
     def _settle(self) -> None:
         self._rival = None

@@ -27,18 +27,24 @@ def run(*arguments: str | Path, folder: Path, stdin: str = "") -> subprocess.Com
 
 
 @contextmanager
-def started(*command: str | Path, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process with pipes on all three; killed if the block leaves it running."""
-    # A child inherits an ignored Ctrl-C, which a runner of tests in the background may have.
+def heeding_ctrl_c() -> Iterator[None]:
+    """Processes that begin in the block heed Ctrl-C, which a runner of tests in the background may ignore, and hand on."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def started(*command: str | Path, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process with pipes on all three; killed if the block leaves it running."""
+    with heeding_ctrl_c():
         process = subprocess.Popen(
             list(map(str, command)),
             cwd=folder, env=ENVIRONMENT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-    finally:
-        signal.signal(signal.SIGINT, before)
     with process:
         try:
             yield process

@@ -177,7 +177,7 @@ def test_estimator_impossible_arguments_are_refused(arguments: dict[str, int]) -
 
 
 def test_initial_limit_is_larger_on_a_gpu() -> None:
-    assert initial_limit("cpu") < initial_limit("cuda:0")
+    assert initial_limit("cpu", slots=3) < initial_limit("cpu") < initial_limit("cuda:0")
 
 
 def test_learnt_limit_that_has_just_risen_is_not_called_proven() -> None:

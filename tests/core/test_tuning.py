@@ -89,6 +89,41 @@ def test_tuner_on_a_noisy_machine_seldom_ends_ten_percent_off(
     assert off / len(ends) <= allowed
 
 
+def tune_on_two_streams(best: int, slope: float, noise: float, seed: int) -> int:
+    """The size that a tuner ends with where two batches run at once, a third one waits behind them, and they are
+    finished in the order in which they began, as with OpenVINO on two cores."""
+    slots, n_streams = 3, 2
+    tuner, rng = SpeedTuner(512, 128, 4096, slots=slots), random.Random(seed)
+    factors, under_way = drifting(rng, noise), deque[tuple[int, float, float]]()
+    free_at, asked, now, last_end = [0.0] * n_streams, tuner.size, 0.0, 0.0
+    for _ in range(2000):
+        size, asked = asked, tuner.size  # one batch is prepared ahead
+        n_tokens = int(size * rng.uniform(0.51, 1.0)) + 1
+        stream = free_at.index(min(free_at))
+        began = max(free_at[stream], now)
+        free_at[stream] = began + n_streams * n_tokens / rate(size, best, slope) * next(factors)
+        under_way.append((n_tokens, began, free_at[stream]))
+        if len(under_way) == slots:
+            n_tokens, began, ended = under_way.popleft()
+            now = max(now, ended)
+            tuner.add(n_tokens, now - max(began, last_end))
+            last_end = now
+    assert tuner.is_settled
+    return tuner.best
+
+
+@pytest.mark.parametrize(("best", "slope", "allowed"), [(512, 0.12, 0.03), (4096, 0.20, 0.10)])
+def test_tuner_of_batches_that_overlap_seldom_ends_ten_percent_off(best: int, slope: float, allowed: float) -> None:
+    ends = [tune_on_two_streams(best, slope, 0.1, seed) for seed in range(60)]
+    assert sum(rate(size, best, slope) < 0.9 * rate(best, best, slope) for size in ends) / len(ends) <= allowed
+
+
+def test_tuner_of_batches_that_overlap_favours_neither_side() -> None:
+    ends = [tune_on_two_streams(512, 0.0, 0.1, seed) for seed in range(80)]
+    assert sum(size == 512 for size in ends) >= 40
+    assert sum(size < 256 or size > 1024 for size in ends) <= 12
+
+
 def test_tuner_of_sizes_that_are_as_good_seldom_wanders_far() -> None:
     ends = [tune_on_a_shared_machine(1024, 0.0, 0.15, seed, 1) for seed in range(200)]
     assert sum(size == 1024 for size in ends) >= 100

@@ -17,7 +17,7 @@ from asyncembed import AsyncEmbedder
 from asyncembed.server.app import make_app
 from asyncembed.server.service import Service
 from asyncembed.server.settings import ServerSettings
-from tests.cli.running import ENVIRONMENT, ROOT
+from tests.cli.running import ENVIRONMENT, ROOT, heeding_ctrl_c
 
 PROGRAM = [sys.executable, "-m", "asyncembed.server"]
 
@@ -80,10 +80,11 @@ class ServerProcess:
     """
 
     def __init__(self, *arguments: str, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [*PROGRAM, "--port", "0", *arguments],
-            cwd=ROOT, env={**ENVIRONMENT, **environment}, text=True, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        with heeding_ctrl_c():
+            self.process = subprocess.Popen(
+                [*PROGRAM, "--port", "0", *arguments],
+                cwd=ROOT, env={**ENVIRONMENT, **environment}, text=True, stderr=subprocess.PIPE,
+            )  # fmt: skip
         self.seen = ""
         self._watchdog = threading.Timer(100, self.process.kill)  # a line that never comes ends the pipe instead
         self._watchdog.daemon = True
