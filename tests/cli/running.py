@@ -28,7 +28,7 @@ def run(*arguments: str | Path, folder: Path, stdin: str = "") -> subprocess.Com
 
 @contextmanager
 def heeding_ctrl_c() -> Iterator[None]:
-    """Processes that begin in the block heed Ctrl-C, which a runner of tests in the background may ignore, and hand on."""
+    """Processes that begin in the block heed Ctrl-C, which a runner of tests in the background may ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
