@@ -200,10 +200,9 @@ class Consumer:
         return len(self._under_way) + len(self._submitted)
 
     def _next_new(self) -> Batch | None:
-        limit, n_idle = current_limit(self._estimator), self._encoder.slots - self._n_in_hand()
-        if n_idle > 1:
-            limit = max(1, min(limit, -(-self._heap.n_tokens // n_idle)))
-        return self._heap.take(limit, self._max_rows, self._held())
+        n_idle = self._encoder.slots - self._n_in_hand()
+        share = max(1, -(-self._heap.n_tokens // n_idle)) if n_idle > 1 else None
+        return self._heap.take(current_limit(self._estimator), self._max_rows, self._held(), share=share)
 
     def _next_retry(self) -> Batch | None:
         """The next part of a batch that failed; None if there is none, or something more urgent goes between two."""

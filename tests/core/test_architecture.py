@@ -37,7 +37,7 @@ ROOMS = [
     ["splitting"],
     ["consumer", "remembering"],
     ["heap", "limits", "assembly", "runner"],
-    ["tuning"],
+    ["tuning", "windows"],
     ["encoders"],
     ["memory", "threads"],
     ["records"],

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from itertools import islice
 from types import FrameType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from asyncembed.heap import BATCH_OVERHEAD, FORCED_EVERY, ChunkHeap, best_run, last_run
+from asyncembed.heap import FORCED_EVERY, ChunkHeap
 from asyncembed.lane import WINDOW_BATCHES, WINDOW_CHUNKS
 from asyncembed.records import OWNERS_PER_LANE, Batch, Chunk, lane_of
+from asyncembed.windows import BATCH_OVERHEAD, best_run, last_run
 
 from .fakes import chunk, chunks
 
@@ -511,3 +514,40 @@ def test_take_somebody_who_waits_is_served_in_turn(prompt_below: int, comes_firs
     batch = heap.take(120)
     assert batch is not None
     assert (777 in {item.owner for item in batch.chunks}) is comes_first
+
+
+def serve(lengths: list[int], n_callers: int, limit: int, *, prompt_below: int) -> tuple[float, npt.NDArray[Any]]:
+    """Callers who each wait for one text and then ask for the next, on a device that takes a unit of time for each
+    padded token and 20 for a batch: tokens per unit, and how long each caller waited."""
+    heap, texts = ChunkHeap(prompt_below=prompt_below), iter(lengths)
+    asked, now, n_useful = dict[int, float](), 0.0, 0
+    waited = list[float]()
+
+    def ask(n: int) -> None:
+        for length in islice(texts, n):
+            asked[len(asked)] = now
+            heap.push([chunk(length, owner=len(asked) - 1)])
+
+    ask(n_callers)
+    while (batch := heap.take(limit)) is not None:
+        now += batch.padded_tokens + 20
+        n_useful += batch.row_tokens
+        waited += [now - asked[item.owner] for item in batch.chunks]
+        ask(len(batch.chunks))
+    return n_useful / now, np.array(waited)
+
+
+@pytest.mark.parametrize(
+    ("median", "spread", "n_callers", "most"),
+    [(60, 0.9, 8, 2.0), (60, 0.9, 64, 1.4), (60, 0.9, 512, 1.2), (15, 0.3, 64, 1.7), (15, 0.3, 512, 1.4)],
+)
+def test_take_callers_who_wait_wait_nearly_alike_and_the_model_does_as_much(
+    median: int, spread: float, n_callers: int, most: float
+) -> None:
+    dice = np.random.default_rng(3)
+    lengths = np.clip(median * np.exp(dice.normal(0, spread, 6000)), 4, 256).astype(int).tolist()
+    rate, waited = serve(lengths, n_callers, 512, prompt_below=10)
+    steady = waited[n_callers:-n_callers]
+    assert np.percentile(steady, 99) <= most * steady.mean()
+    best_rate, _ = serve(lengths, n_callers, 512, prompt_below=0)
+    assert rate >= 0.86 * best_rate
