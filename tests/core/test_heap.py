@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from asyncembed.heap import FORCED_EVERY, ChunkHeap
+from asyncembed.heap import BESIDE, FORCED_EVERY, ChunkHeap
 from asyncembed.lane import WINDOW_BATCHES, WINDOW_CHUNKS
 from asyncembed.records import OWNERS_PER_LANE, Batch, Chunk, lane_of
 from asyncembed.windows import BATCH_OVERHEAD, best_run, last_run
@@ -551,3 +551,19 @@ def test_take_callers_who_wait_wait_nearly_alike_and_the_model_does_as_much(
     assert np.percentile(steady, 99) <= most * steady.mean()
     best_rate, _ = serve(lengths, n_callers, 512, prompt_below=0)
     assert rate >= 0.86 * best_rate
+
+
+def test_take_beside_those_who_wait_batches_are_half_as_large_for_a_while() -> None:
+    heap = ChunkHeap(prompt_below=10)
+    heap.push(chunks([10] * 4000, priority=10))
+
+    def next_size() -> int:
+        batch = heap.take(100)
+        assert batch is not None
+        return batch.padded_tokens
+
+    assert next_size() == 100
+    heap.push([chunk(10, priority=0)])
+    assert next_size() < 100  # somebody who waits
+    assert [next_size() for _ in range(BESIDE)] == [50] * BESIDE
+    assert next_size() == 100
