@@ -53,7 +53,7 @@ COLUMNS: dict[str, list[Column]] = {
         ("requests", "requests", lambda value: f"{value:,}"),
         ("p50", "p50_s", lambda value: f"{1000 * value:,.1f} ms"),
         ("p99", "p99_s", lambda value: f"{1000 * value:,.1f} ms"),
-        ("a batch", "batch_s", lambda value: f"{1000 * value:,.1f} ms"),
+        ("from batch to batch", "batch_s", lambda value: f"{1000 * value:,.1f} ms"),
         ("job's texts/s", "texts_per_second", lambda value: f"{value:,.1f}"),
         ("of the job alone", "part_of_alone", lambda value: f"{value:.1%}"),
     ],
@@ -70,7 +70,7 @@ Each client asks for one text, waits for its vector and asks again. encode: one 
 x encode, p99 of encode's, p50 of a bare call: medians over rounds of the ratio within a round; a bare call is encode
 without an event loop, one caller. requests/batch and tokens/batch (with padding): the mean fill. processor/request: of
 the process that answers, all its threads. beside a job: short texts that arrive at random, while a job takes all the
-model gives."""
+model gives. from batch to batch: between the ends of two; where several run at once, each takes as many times as long."""
 
 
 def machine() -> dict[str, Any]:
