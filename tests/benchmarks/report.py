@@ -70,7 +70,7 @@ Each client asks for one text, waits for its vector and asks again. encode: one 
 x encode, p99 of encode's, p50 of a bare call: medians over rounds of the ratio within a round; a bare call is encode
 without an event loop, one caller. requests/batch and tokens/batch (with padding): the mean fill. processor/request: of
 the process that answers, all its threads. beside a job: short texts that arrive at random, while a job takes all the
-model gives. from batch to batch: between the ends of two; where several run at once, each takes as many times as long."""
+model gives. from batch to batch: between the ends of two; where several run at once, each takes that much longer."""
 
 
 def machine() -> dict[str, Any]:

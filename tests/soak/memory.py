@@ -21,7 +21,7 @@ ends, so that in the end not even single chunks fit, and with 300 it has died of
 """
 
 N_TEXTS = 200
-HELD = ((1_000_000, 44, 256 << 20), (3, 5_000_000, 256 << 20))
+HELD = ((1_000_000, 44, 256 << 20), (3, 5_000_000, 256 << 20), (2, 50_000_000, 1 << 30))
 """Texts, characters of each, and the budget."""
 
 
