@@ -314,7 +314,9 @@ class Lane:
     def _hand_over(self, done: Assembled) -> None:
         if done.error is not None:
             self._heap.discard(done.owner)
-        self._open.pop(done.owner).sink(done)
+        item = self._open.pop(done.owner, None)
+        if item is not None:  # the answer before it, of the same batch, may have ended the request that wanted it
+            item.sink(done)
         if self._closed:
             self._changed.set()
 

@@ -63,7 +63,7 @@ class EmbedderLife:
         Raises:
             ModelError: It cannot be loaded.
             OptionsError: An option does not go with it.
-            ClosedError: It was opened before.
+            ClosedError: It was opened before, or closed while the model was loaded.
         """
         if self._state != "new":
             raise ClosedError("an AsyncEmbedder is opened once; make another one")
@@ -79,6 +79,7 @@ class EmbedderLife:
         if self._error is not None:
             await asyncio.wait([self._driver])
             raise self._error
+        self._check_open()  # it may have been closed meanwhile
         return self
 
     async def __aexit__(
@@ -93,7 +94,8 @@ class EmbedderLife:
             drain: Finish the requests that wait, those that still wait for room included. If False they end with a
                 `ClosedError` at once; only the batches in hand run to their end.
 
-        Cancelled while it drains, it refuses the rest, and leaves the model's thread to end by itself.
+        Cancelled while it drains, it refuses the rest with a `ClosedError`, and leaves the model's thread to end by
+        itself.
         """
         if self._driver is None:
             self._state = "closed"

@@ -374,6 +374,22 @@ async def test_embed_poison_fails_its_own_request_only() -> None:
     assert "the model failed on it: ValueError: index out of range" in str(found[-1])
 
 
+async def test_embed_text_without_a_vector_leaves_its_own_batch_and_the_embedder_sound() -> None:
+    """Its neighbour in request and batch is done too, and nobody wants it any more."""
+
+    class Nan(FakeEncoder):
+        def finish(self, handle: Any) -> Any:
+            vectors = super().finish(handle)
+            vectors[[chunk.text == "nan" for chunk in handle.chunks]] = np.nan
+            return vectors
+
+    async with AsyncEmbedder(Nan()) as embedder:
+        with pytest.raises(TextError, match="NaN"):
+            await embedder.embed(["nan", "heron"])
+        assert (await embedder.embed("boat")).tolist() == vector("boat")
+        assert at_rest(embedder)
+
+
 async def test_embed_dead_device_every_waiter_and_every_later_call_is_told() -> None:
     def dead(batch: Batch) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -500,6 +516,37 @@ async def test_aclose_cancelled_while_it_drains_refuses_the_rest() -> None:
     await embedder.aclose()
 
 
+async def test_aclose_cancelled_while_it_drains_answers_everyone_also_from_the_batch_in_hand() -> None:
+    """The batch ends in the same turn of the loop: its first answer must not hide that nobody wants the second."""
+    gate, encoder = held_model()
+    embedder = await AsyncEmbedder(encoder, max_pending_bytes=20_000).__aenter__()
+    lane: Any = embedder._lane
+    in_hand = embedder.embed_nowait(["a heron", "a boat"])
+    await gate.begun()
+    asked = [in_hand, start(embedder.embed([f"text {n}" for n in range(20)])), start(embedder.embed("reeds"))]
+    asked.append(asyncio.wrap_future(embedder.embed_threadsafe("from a thread")))
+    await until(lambda: embedder.statistics().pending_requests == 4)
+    closing = start(embedder.aclose())
+    await until(lambda: embedder.statistics().state == "closing")
+    chunks = next(iter(embedder._engine._consumer._submitted)).batch.chunks  # type: ignore[union-attr]  # it is open
+    stop = lane.stop
+
+    def stop_as_the_batch_ends() -> None:
+        lane.embedded(chunks, np.ones((2, 4), np.float32))
+        stop()
+
+    lane.stop = stop_as_the_batch_ends
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(error) for error in found] == [ClosedError] * 4
+    gate.let_go(10)
+    await embedder.aclose()
+    assert embedder.statistics().state == "closed"
+    assert at_rest(embedder)
+
+
 async def test_embed_while_the_model_loads_waits_for_it() -> None:
     loading, go = threading.Event(), threading.Event()
 
@@ -522,6 +569,28 @@ async def test_embed_while_the_model_loads_waits_for_it() -> None:
     assert (await early).tolist() == vector("heron")
     assert (await asyncio.wrap_future(from_elsewhere)).tolist() == vector("boat")
     await embedder.aclose()
+
+
+async def test_aclose_while_the_model_loads_ends_the_opening_with_an_error() -> None:
+    loading, go = threading.Event(), threading.Event()
+
+    class Slow(FakeEncoder):
+        def tokenizer(self) -> Any:
+            loading.set()
+            assert go.wait(60)
+            return super().tokenizer()
+
+    embedder = AsyncEmbedder(Slow())
+    opening = start(embedder.__aenter__())
+    await until(loading.is_set)
+    early = start(embedder.embed("heron"))
+    closing = start(embedder.aclose())
+    for refused in (opening, early):
+        with pytest.raises(ClosedError):
+            await refused
+    go.set()
+    await closing
+    assert embedder.statistics().state == "closed"
 
 
 async def test_open_model_that_cannot_be_loaded_tells_everyone() -> None:
