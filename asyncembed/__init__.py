@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from asyncembed.errors import StoreLockedError as StoreLockedError
     from asyncembed.errors import StoreMismatchError as StoreMismatchError
     from asyncembed.errors import TextError as TextError
+    from asyncembed.errors import TextTypeError as TextTypeError
     from asyncembed.generator import EmbeddingGenerator as EmbeddingGenerator
     from asyncembed.limits import TokenLimitEstimator as TokenLimitEstimator
     from asyncembed.options import EmbedOptions as EmbedOptions
@@ -60,6 +61,7 @@ _PUBLIC = {
         "StoreLockedError",
         "StoreMismatchError",
         "TextError",
+        "TextTypeError",
     ),
     "generator": ("EmbeddingGenerator",),
     "limits": ("TokenLimitEstimator",),

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from asyncembed.chunking import ChunkedText
 from asyncembed.encoders.failures import FailureKind, classify
+from asyncembed.wording import plural
 
 logger = logging.getLogger("asyncembed")
 
@@ -27,7 +28,7 @@ def chunk_backing_off(
     found = _try(chunk, texts)
     if found is not None:
         return found
-    logger.info("out of memory while %d texts were tokenised; they are tried in smaller groups", len(texts))
+    logger.info("out of memory while tokenising %s; trying smaller groups", plural(len(texts), "text"))
     gc.collect()  # once: it takes a tenth of a second where torch is loaded
     return _in_parts(chunk, texts)
 

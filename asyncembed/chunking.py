@@ -29,6 +29,7 @@ from asyncembed.splitting import (
     head_of,
     sections,
 )
+from asyncembed.wording import plural
 
 __all__ = ["ChunkedText", "Chunker", "TokenCounter"]
 
@@ -93,16 +94,18 @@ class Chunker:
         self.prompt = prompt
         room = max_tokens - self._n_special - self._n_prompt
         if room < 1:
-            raise OptionsError(f"the prompt takes {self._n_prompt} tokens, and the model only {max_tokens} in all")
+            raise OptionsError(
+                f"the prompt takes {plural(self._n_prompt, 'token')}, and the model only {max_tokens} in all"
+            )
         if chunk_size is not None and chunk_size > room:
             raise OptionsError(
-                f"chunk_size={chunk_size} is more than the {room} tokens the model takes "
+                f"chunk_size={chunk_size} is more than the {plural(room, 'token')} the model takes "
                 f"({max_tokens} less {self._n_special} special and {self._n_prompt} of the prompt)"
             )
         self.chunk_size = chunk_size if chunk_size is not None else room
         if chunk_overlap >= self.chunk_size:
             raise OptionsError(
-                f"chunk_overlap={chunk_overlap} must be smaller than a chunk of {self.chunk_size} tokens"
+                f"chunk_overlap={chunk_overlap} must be smaller than a chunk of {plural(self.chunk_size, 'token')}"
             )
         self.chunk_overlap = chunk_overlap
         self.long_texts = long_texts
@@ -202,7 +205,7 @@ class Chunker:
                 return ChunkedText(error=f"the text has {n_tokens} tokens; a chunk takes {self.chunk_size}")
             head, n_head = head_of(counts, self.chunk_size)
             if self.long_texts == "error" and n_head < n_tokens:
-                return ChunkedText(error=f"the text has {len(text)} characters, and only {n_tokens} tokens")
+                return ChunkedText(error=f"the text has {len(text)} characters, and only {plural(n_tokens, 'token')}")
             found = self._tokenize_prompted([head])[0]
         except MemoryError:
             raise
@@ -312,7 +315,7 @@ class Chunker:
 def _all_unknown(n_unknown: int, n_tokens: int | None = None) -> ChunkedText:
     n_tokens = n_unknown if n_tokens is None else n_tokens
     return ChunkedText(
-        unknown_tokens=n_unknown, error=f"the model's vocabulary knows none of the text's {n_tokens} tokens"
+        unknown_tokens=n_unknown, error=f"the model's vocabulary knows none of the text's {plural(n_tokens, 'token')}"
     )
 
 

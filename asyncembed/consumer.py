@@ -18,6 +18,7 @@ from asyncembed.heap import ChunkHeap
 from asyncembed.records import Batch, Chunk
 from asyncembed.runner import ModelRunner, Outcome
 from asyncembed.threads import WorkerThread
+from asyncembed.wording import plural
 
 logger = logging.getLogger("asyncembed")
 
@@ -285,7 +286,7 @@ class Consumer:
                 self._retries.append(Batch((chunk,)))
                 return
             self._second_chance.discard(chunk)
-            self._on_failed(chunk, f"a chunk of {chunk.length} tokens does not fit into memory even alone")
+            self._on_failed(chunk, f"a chunk of {plural(chunk.length, 'token')} does not fit into memory even alone")
             return
         self._on_failed(chunk, f"the model failed on it: {type(error).__name__}: {error}")
         self._failed_in_a_row += 1

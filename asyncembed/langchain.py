@@ -11,9 +11,11 @@ from typing import Any
 from langchain_core.embeddings import Embeddings
 
 from asyncembed.embedder import AsyncEmbedder, Kind
+from asyncembed.embedder.settings import check_texts
 from asyncembed.embedder_thread import EmbedderThread
-from asyncembed.errors import AsyncEmbedError, ClosedError
+from asyncembed.errors import AsyncEmbedError, ClosedError, TextTypeError
 from asyncembed.options import DEFAULT_MODEL
+from asyncembed.wording import why_no_text
 
 
 class AsyncEmbedEmbeddings(Embeddings):
@@ -63,24 +65,26 @@ class AsyncEmbedEmbeddings(Embeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """A list of floats for each text. Not from the event loop of the embedder given: await `aembed_documents`."""
-        rows: list[list[float]] = self._wait(list(texts), "document").tolist()
+        rows: list[list[float]] = self._wait(_documents(texts), "document").tolist()
         return rows
 
     def embed_query(self, text: str) -> list[float]:
         """A list of floats. Not from the event loop of the embedder given: await `aembed_query`."""
-        row: list[float] = self._wait(text, "query").tolist()
+        row: list[float] = self._wait(_query(text), "query").tolist()
         return row
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """A list of floats for each text. Cancelled, the work is dropped."""
+        documents = _documents(texts)
         embedder = await self._opened()
-        rows: list[list[float]] = (await embedder.embed_document(list(texts))).tolist()
+        rows: list[list[float]] = (await embedder.embed_document(documents)).tolist()
         return rows
 
     async def aembed_query(self, text: str) -> list[float]:
         """A list of floats. Cancelled, the work is dropped."""
+        query = _query(text)
         embedder = await self._opened()
-        row: list[float] = (await embedder.embed_query(text)).tolist()
+        row: list[float] = (await embedder.embed_query(query)).tolist()
         return row
 
     async def _opened(self) -> AsyncEmbedder:
@@ -105,3 +109,15 @@ class AsyncEmbedEmbeddings(Embeddings):
                 f"embed_{name} would block the event loop that has to answer it; await aembed_{name} there"
             )
         return embedder.embed_threadsafe(texts, kind=kind).result()
+
+
+def _documents(texts: object) -> list[str]:
+    if isinstance(texts, str):
+        raise TextTypeError("embed_documents takes a list of texts, not one text; pass [text]")
+    return check_texts(texts)
+
+
+def _query(text: object) -> str:
+    if not isinstance(text, str):
+        raise TextTypeError(why_no_text("the query", text))
+    return text

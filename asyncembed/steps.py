@@ -23,6 +23,7 @@ from asyncembed.runner import ModelRunner
 from asyncembed.sinks import StoredText
 from asyncembed.sinks.writer import FolderWriter
 from asyncembed.step_intake import StepIntake
+from asyncembed.wording import plural
 
 UNSAVED_TEXTS = 256
 """Texts that have their result and wait to be saved, before no more are taken."""
@@ -129,7 +130,7 @@ class PipelineSteps:
         if outcome.kind is not FailureKind.OUT_OF_MEMORY:
             raise outcome.error
         message = str(outcome.error).split("\n", 1)[0]
-        raise ModelOutOfMemoryError(f"{len(chunks)} chunks do not fit into memory together: {message}")
+        raise ModelOutOfMemoryError(f"there is no memory for {plural(len(chunks), 'chunk')} at once: {message}")
 
     def succeed(self, chunks: Sequence[Chunk], vectors: FloatMatrix, seconds: float | None = None) -> None:
         """Their vectors are right: the limit learns, and texts that are complete wait to be saved.
@@ -167,7 +168,7 @@ class PipelineSteps:
             raise ModelError(f"the device cannot go on: {error}") from error
         if kind is FailureKind.OUT_OF_MEMORY:
             self._estimator.fail(batch.padded_tokens)
-            reason = f"a chunk of {chunks[0].length} tokens does not fit into memory even alone"
+            reason = f"a chunk of {plural(chunks[0].length, 'token')} does not fit into memory even alone"
         else:
             reason = f"the model failed on it: {type(error).__name__}: {error}"
         if len(chunks) > 1:

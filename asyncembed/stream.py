@@ -19,6 +19,7 @@ from asyncembed.options import DEFAULT_MODEL, DEFAULT_SAVE_PATH, FILE_OPTIONS, M
 from asyncembed.records import EmbeddedText, FloatVector
 from asyncembed.sources import check_source
 from asyncembed.summary import Summary
+from asyncembed.wording import plural
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -206,8 +207,10 @@ class EmbedStream:
         if summary.failed:
             reason = f"the first because {failures[0].error}"
             if summary.failed == summary.texts:
+                if summary.texts == 1:
+                    raise AsyncEmbedError(f"the text could not be embedded: {failures[0].error}")
                 raise AsyncEmbedError(f"none of the {summary.texts} texts could be embedded, {reason}")
-            logger.warning("%d of %d texts could not be embedded, %s", summary.failed, summary.texts, reason)
+            logger.warning("%d of %s could not be embedded, %s", summary.failed, plural(summary.texts, "text"), reason)
         return dict(vectors[index] for index in sorted(vectors))
 
     async def _records(self) -> AsyncGenerator[EmbeddedText, None]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from asyncembed.cli.progress import in_words
 from asyncembed.summary import Summary
+from asyncembed.wording import plural
 
 MANY_UNKNOWN = 0.05
 FEW_TOKENS = 20
@@ -65,11 +66,6 @@ def advice(summary: Summary) -> Iterator[str]:
             f"{summary.unknown_tokens:,} of {plural(summary.tokens, 'token')} are unknown to the model: "
             "it is probably not made for these texts"
         )
-
-
-def plural(number: int, one: str, many: str | None = None) -> str:
-    """A number and its noun: 1 text, 2,000 texts."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _headline(summary: Summary, source: str) -> str:

@@ -7,7 +7,7 @@ import asyncio
 from asyncembed.cli.console import Console
 from asyncembed.cli.exits import Exit
 from asyncembed.cli.progress import Ticker
-from asyncembed.cli.report import advice, is_complete, plural, summary_lines
+from asyncembed.cli.report import advice, is_complete, summary_lines
 from asyncembed.cli.request import Request
 from asyncembed.cli.signals import CTRL_C, Signals, leave
 from asyncembed.errors import ClosedError
@@ -15,6 +15,7 @@ from asyncembed.job import JobParts
 from asyncembed.sources import FileTexts
 from asyncembed.stream import EmbedStream
 from asyncembed.summary import Summary
+from asyncembed.wording import plural
 
 ABANDON_S = 1.0
 """How long closing the folder may take when a run is stopped before its model is loaded."""

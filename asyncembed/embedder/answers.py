@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from asyncembed.embedder.desk import Request
@@ -50,4 +52,15 @@ def records_of(request: Request) -> list[EmbeddedText]:
             error=request.errors.get(index),
         )
         for index, text in enumerate(request.texts)
+    ]
+
+
+def with_faults(records: Sequence[EmbeddedText], faults: Mapping[int, str]) -> list[EmbeddedText]:
+    """Records of the texts, and between them, where each was, those of the items that were no texts."""
+    rest = iter(records)
+    return [
+        EmbeddedText(id="", index=index, key=None, text="", embedding=None, error=faults[index])
+        if index in faults
+        else replace(next(rest), index=index)
+        for index in range(len(records) + len(faults))
     ]

@@ -16,6 +16,7 @@ from asyncembed.encoders import FloatMatrix
 from asyncembed.errors import OverloadedError, TextError
 from asyncembed.lane import INTERACTIVE, Lane, Submission
 from asyncembed.records import AnyText
+from asyncembed.wording import plural
 
 
 class Request:
@@ -188,7 +189,7 @@ class Desk:
                     queue.release(taken)
                 now = queue.statistics()
                 raise OverloadedError(
-                    f"no room for {len(request.texts)} texts: {now.n_in_flight} with {now.reserved_bytes} of "
+                    f"no room for {plural(len(request.texts), 'text')}: {now.n_in_flight} with {now.reserved_bytes} of "
                     f"{now.max_bytes} bytes are under way and {now.n_waiting} wait. Try again later, await embed(), "
                     "which waits, or raise max_pending_bytes"
                 )

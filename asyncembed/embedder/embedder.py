@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import anyio
 
-from asyncembed.embedder.answers import CountedVectors, counted_of, matrix_of, records_of, vector_of
+from asyncembed.embedder.answers import CountedVectors, counted_of, matrix_of, records_of, vector_of, with_faults
 from asyncembed.embedder.desk import Desk, Request
 from asyncembed.embedder.life import EmbedderLife
 from asyncembed.embedder.settings import (
@@ -21,6 +21,7 @@ from asyncembed.embedder.settings import (
     check_texts,
     choose_options,
     priority_of,
+    sort_texts,
 )
 from asyncembed.encoders import (
     DOCUMENT_PROMPTS,
@@ -34,6 +35,7 @@ from asyncembed.errors import ClosedError, DeadlineError, OverloadedError
 from asyncembed.memory import available_bytes
 from asyncembed.options import DEFAULT_MODEL, parse_bytes
 from asyncembed.records import AnyText, EmbeddedText, FloatVector
+from asyncembed.wording import plural
 
 DEFAULT_PENDING_BYTES = 256 * 2**20
 """Room for some 20,000 short texts, or for as many as fit into a quarter of what is free."""
@@ -113,7 +115,7 @@ class AsyncEmbedder(EmbedderLife):
         wait for already is computed once. Cancelled, what only this call wanted is dropped.
 
         Args:
-            texts: A text, or a list of them, which may be empty.
+            texts: A text, or a list of them, which may be empty; any other iterable that has an order will do.
             prompt: Put before each; wins over `prompt_name`. None takes the embedder's own.
             prompt_name: Name of one of the model's prompts.
             priority: `"interactive"` (0), `"bulk"` (10), or a whole number from 0 to 100; lower is sooner.
@@ -124,6 +126,7 @@ class AsyncEmbedder(EmbedderLife):
 
         Raises:
             TextError: A text cannot be embedded; the first of them is named.
+            TextTypeError: `texts` is neither a text nor a list of texts. A `TypeError`.
             DeadlineError: It took longer than `deadline_s`. A `TimeoutError`.
             ClosedError: The embedder is not open, or was closed meanwhile.
             ModelError: The model or its device cannot go on.
@@ -153,16 +156,19 @@ class AsyncEmbedder(EmbedderLife):
     ) -> list[EmbeddedText]:
         """As `embed`, but each text gives a record with its vector and `n_tokens`, or with the reason in `error`.
 
+        So does an item that is no text.
+
         Raises:
+            TextTypeError: `texts` is no list.
             DeadlineError: It took longer than `deadline_s`. A `TimeoutError`.
             ClosedError: The embedder is not open, or was closed meanwhile.
             ModelError: The model or its device cannot go on.
             OptionsError: An argument cannot be.
         """
         chosen = partial(prompt_of, prompt=prompt, prompt_name=prompt_name)
-        texts = [texts] if isinstance(texts, str) else texts
-        found: list[EmbeddedText] = await self._answer(texts, chosen, priority, deadline_s, records_of)
-        return found
+        good, faults = sort_texts(texts)
+        found: list[EmbeddedText] = await self._answer(good, chosen, priority, deadline_s, records_of)
+        return with_faults(found, faults) if faults else found
 
     def embed_nowait(
         self,
@@ -299,7 +305,7 @@ class AsyncEmbedder(EmbedderLife):
             return await self._answer_here(chosen, prompt, number, shape)
         with anyio.move_on_after(deadline_s):
             return await self._answer_here(chosen, prompt, number, shape)
-        raise DeadlineError(f"{len(chosen)} texts were not embedded within deadline_s={deadline_s}")
+        raise DeadlineError(f"{plural(len(chosen), 'text')} not embedded within deadline_s={deadline_s}")
 
     async def _answer_here(
         self, texts: Sequence[str], prompt: Callable[[Encoder], str], priority: int, shape: Callable[[Request], Any]

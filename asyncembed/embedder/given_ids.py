@@ -7,6 +7,7 @@ import numpy as np
 from asyncembed.chunking import ChunkedText, Chunker
 from asyncembed.encoders import IdTokenizer, Tokenizer
 from asyncembed.records import Chunk, TokenIds, TokenText
+from asyncembed.wording import plural
 
 
 class IdChunker:
@@ -46,7 +47,8 @@ class IdChunker:
         if not len(ids):
             return ChunkedText(error="the text has no tokens")
         if n_unknown == len(ids):
-            return ChunkedText(unknown_tokens=n_unknown, error=f"its {len(ids)} tokens are all the unknown token")
+            reason = f"the model's vocabulary knows none of the text's {plural(len(ids), 'token')}"
+            return ChunkedText(unknown_tokens=n_unknown, error=reason)
         pieces = self._pieces(ids)
         if pieces is None:
             return ChunkedText(error=f"the text has {len(ids)} tokens; a chunk takes {self._size}")

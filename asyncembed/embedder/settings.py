@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from asyncembed.errors import OptionsError
+from asyncembed.errors import OptionsError, TextTypeError
 from asyncembed.lane import BULK, INTERACTIVE
 from asyncembed.options import MODEL_OPTIONS, EmbedOptions
 from asyncembed.records import AnyText, TokenText
+from asyncembed.wording import kind_of, why_no_text
 
 Kind = Literal["text", "query", "document"]
 Priority = Literal["interactive", "bulk"] | int
@@ -59,33 +60,56 @@ def check_inputs(texts: Sequence[AnyText]) -> list[AnyText]:
     """The texts of a request that may give some as token ids, as a list of its own.
 
     Raises:
-        OptionsError: There is something else among them.
+        TextTypeError: It is no list, or there is something else in it.
     """
-    if isinstance(texts, (str, TokenText)):
+    if isinstance(texts, TokenText):
         return [texts]
-    found = list(texts)
-    for index, text in enumerate(found):
+    found: list[AnyText] = []
+    for index, text in enumerate(_listed(texts)):
         if not isinstance(text, (str, TokenText)):
-            raise OptionsError(f"item {index} is neither text nor TokenText but {type(text).__name__}")
+            raise TextTypeError(f"{why_no_text(f'item {index}', text)} or TokenText")
+        found.append(text)
     return found
 
 
-def check_texts(texts: str | Sequence[str]) -> list[str]:
+def check_texts(texts: object) -> list[str]:
     """The texts of a request, as a list of its own.
 
     Raises:
-        OptionsError: There is something among them that is no `str`.
+        TextTypeError: It is neither a text nor a list of texts.
     """
+    found, faults = sort_texts(texts)
+    for reason in faults.values():
+        raise TextTypeError(reason)
+    return found
+
+
+def sort_texts(texts: object) -> tuple[list[str], dict[int, str]]:
+    """The texts of a request, and by position why the other items are none.
+
+    Raises:
+        TextTypeError: It is neither a text nor a list.
+    """
+    items = _listed(texts)
+    found = [item for item in items if isinstance(item, str)]
+    if len(found) == len(items):
+        return found, {}
+    faults = {at: why_no_text(f"item {at}", item) for at, item in enumerate(items) if not isinstance(item, str)}
+    return found, faults
+
+
+def _listed(texts: object) -> list[Any]:
+    """A text alone, or the items of anything that has an order, as a list of its own."""
     if isinstance(texts, str):
         return [texts]
-    try:
-        found = list(texts)
-    except TypeError:
-        raise OptionsError(f"embed takes a text or a list of texts, not {type(texts).__name__}") from None
-    for index, text in enumerate(found):
-        if not isinstance(text, str):
-            raise OptionsError(f"item {index} is no text but {type(text).__name__}")
-    return found
+    if isinstance(texts, (bytes, bytearray, memoryview)):
+        raise TextTypeError(f"a text or a list of texts is needed, not {kind_of(texts)}; decode it first")
+    if isinstance(texts, (Mapping, set, frozenset)):
+        raise TextTypeError(f"a text or a list of texts is needed, not {kind_of(texts)}; pass its texts in a list")
+    if not any(hasattr(texts, method) for method in ("__iter__", "__getitem__")):
+        raise TextTypeError(f"a text or a list of texts is needed, not {kind_of(texts)}")
+    items: Any = texts
+    return list(items)
 
 
 def check_deadline(deadline_s: object) -> None:

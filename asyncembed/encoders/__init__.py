@@ -2,7 +2,7 @@
 
 from asyncembed.encoders.base import Encoder, FloatMatrix, IdTokenizer, Tokenized, Tokenizer
 from asyncembed.encoders.failures import FailureKind, classify
-from asyncembed.encoders.loading import load_encoder
+from asyncembed.encoders.loading import check_dim, load_encoder
 from asyncembed.encoders.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, first_prompt_of, prompt_of
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "IdTokenizer",
     "Tokenized",
     "Tokenizer",
+    "check_dim",
     "classify",
     "first_prompt_of",
     "load_encoder",

@@ -47,14 +47,32 @@ def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
     """Load the model that the options name, or wrap the live one they hold. Blocking, takes seconds.
 
     Args:
-        options: `model`, `device`, `backend`, `dtype`, `prompt`, `prompt_name`, `trust_remote_code` and `allow_pickle`
-            are read.
+        options: `model`, `device`, `backend`, `dtype`, `prompt`, `prompt_name`, `truncate_dim`, `trust_remote_code`
+            and `allow_pickle` are read.
         dtype: What `dtype="auto"` means for this job, where a folder of results says so.
 
     Raises:
-        OptionsError: The device or prompt does not exist.
+        OptionsError: The device or prompt does not exist, or the model's vectors are shorter than `truncate_dim`.
         ModelError: The model cannot be loaded.
     """
+    encoder = _load(options, dtype)
+    check_dim(encoder, options)
+    return encoder
+
+
+def check_dim(encoder: Encoder, options: EmbedOptions) -> None:
+    """Refuse to keep more dimensions than there are.
+
+    Raises:
+        OptionsError: `truncate_dim` is more than the model's.
+    """
+    if options.truncate_dim is not None and options.truncate_dim > encoder.dim:
+        raise OptionsError(
+            f"truncate_dim={options.truncate_dim} is more than the {encoder.dim} dimensions of the model's vectors"
+        )
+
+
+def _load(options: EmbedOptions, dtype: str | None) -> Encoder:
     model = options.model
     if isinstance(model, (str, os.PathLike)):
         return _load_by_name(model, options, dtype)

@@ -13,6 +13,7 @@ from asyncembed.job.pending import Pending
 from asyncembed.records import Rejected, SourceItem, Text
 from asyncembed.sources import TextFeed
 from asyncembed.summary import Summary
+from asyncembed.wording import plural
 
 logger = logging.getLogger("asyncembed")
 
@@ -98,7 +99,9 @@ class Intake:
         except Exception as error:
             self.error = error
             if self.in_flight:
-                logger.warning("the input cannot be read further; finishing the %d texts before", len(self.in_flight))
+                logger.warning(
+                    "the input cannot be read further; finishing %s before", plural(len(self.in_flight), "text")
+                )
             return None
         finally:
             blank = int(getattr(self._source, "n_blank", 0))

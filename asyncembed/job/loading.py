@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from asyncembed.chunking import Chunker
-from asyncembed.encoders import Encoder, load_encoder, prompt_of
+from asyncembed.encoders import Encoder, check_dim, load_encoder, prompt_of
 from asyncembed.errors import OptionsError
 from asyncembed.options import EmbedOptions
 from asyncembed.splitting import TextSplitter
@@ -32,6 +32,7 @@ def load_all(
         encoder = load_encoder(options, dtype=recorded.get("dtype"))
         prompt = encoder.prompt
     else:
+        check_dim(loaded, options)
         encoder, prompt = loaded, prompt_of(loaded, options.prompt, options.prompt_name)
     chunker = load_chunker(encoder, options, prompt=prompt, splitter=splitter, recorded=recorded)
     return encoder, chunker, run_fingerprint(encoder, chunker, options) if options.folder is not None else {}

@@ -15,6 +15,7 @@ from asyncembed.sinks.index import IndexState, foreign_entries, index_lines
 from asyncembed.sinks.journal import Journal, journal_by_id
 from asyncembed.sinks.origin import check_origin
 from asyncembed.sinks.record_file import read_record
+from asyncembed.wording import plural
 
 _log = logging.getLogger("asyncembed")
 _READ_BLOCK = 256  # files read before their journal lines are written
@@ -55,7 +56,7 @@ def repair(paths: StorePaths, state: IndexState, journal: Journal, header: Heade
             done.add_many(adopted)
             n_found += len(adopted)
     if n_found:
-        _log.info("%s: %d texts were saved but not yet in the index; they are now", paths.root, n_found)
+        _log.info("%s: saved but not yet in the index were %s; they are now", paths.root, plural(n_found, "text"))
     return done
 
 

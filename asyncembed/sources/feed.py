@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from asyncembed.errors import ClosedError, OptionsError
 from asyncembed.records import Rejected, SourceItem, Text
 from asyncembed.sources.pull import Buffer, Puller, TaskPuller, ThreadPuller
+from asyncembed.wording import kind_of, why_no_text
 
 
 class FeedStatistics(NamedTuple):
@@ -154,13 +155,13 @@ def to_item(item: Any, position: int) -> SourceItem:
     if isinstance(item, Text):
         key = _key_of(item)
         if item.key is not None and key is None:
-            reason = f"the key of item {position} of the input is a {type(item.key).__name__}, not a str"
+            reason = f"the key of item {position} of the input is {kind_of(item.key)}, not a str"
             return Rejected(reason, content=_describe(item.text))
         if isinstance(item.text, str):
             return item if key is item.key else replace(item, key=key)
         item = item.text
     # 3. Anything else.
-    reason = f"item {position} of the input is a {type(item).__name__}, not a str"
+    reason = why_no_text(f"item {position} of the input", item)
     return Rejected(reason, key=key, content=_describe(item))
 
 
@@ -185,9 +186,8 @@ def check_source(source: object) -> None:
         OptionsError: It is a single `str` or `bytes`, or no iterable.
     """
     if isinstance(source, (str, bytes, bytearray, memoryview)):
-        kind = type(source).__name__
         raise OptionsError(
-            f"a {kind} is one text, not an iterable of texts; pass [text], or read_texts(path) for a file"
+            f"{kind_of(source)} is one text, not an iterable of texts; pass [text], or read_texts(path) for a file"
         )
     if not any(hasattr(source, method) for method in ("__aiter__", "__iter__", "__getitem__")):
-        raise OptionsError(f"a {type(source).__name__} is no iterable of texts; pass a list, a generator, …")
+        raise OptionsError(f"{kind_of(source)} is no iterable of texts; pass a list, a generator, …")

@@ -10,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from asyncembed.errors import OptionsError, SourceError
 from asyncembed.sources.lines import BOM
+from asyncembed.wording import kind_of
 
 STANDARD_INPUT = "-"
 """The source that stands for standard input."""
@@ -79,7 +80,7 @@ def _check_open_file(source: object) -> BinaryIO:
     if isinstance(source, io.RawIOBase):
         raise OptionsError("the file is open without a buffer; open it without buffering=0")
     if not hasattr(source, "readline"):
-        raise OptionsError(f"a {type(source).__name__} cannot be read; pass a path, '-', or a file opened with 'rb'")
+        raise OptionsError(f"{kind_of(source)} cannot be read; pass a path, '-', or a file opened with 'rb'")
     if getattr(source, "closed", False):
         raise SourceError(f"{getattr(source, 'name', 'the open file')} is closed already")
     return source  # type: ignore[return-value]  # what it lacks of BinaryIO is not used

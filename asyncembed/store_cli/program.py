@@ -10,7 +10,6 @@ import click
 
 from asyncembed.cli.console import Console, print_out
 from asyncembed.cli.exits import Exit
-from asyncembed.cli.report import plural
 from asyncembed.errors import AsyncEmbedError
 from asyncembed.sinks.checking import FolderCheck
 from asyncembed.sinks.folder import StorePaths
@@ -18,6 +17,7 @@ from asyncembed.sinks.reader import open_embeddings
 from asyncembed.sinks.upkeep import failures as find_failures
 from asyncembed.sinks.upkeep import rebuild as rebuild_index
 from asyncembed.sinks.upkeep import remove_damaged as check_and_remove
+from asyncembed.wording import plural
 
 _FOLDER = click.argument("folder", metavar="DIR", type=click.Path())
 

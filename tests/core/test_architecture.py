@@ -42,7 +42,7 @@ ROOMS = [
     ["memory", "threads"],
     ["records"],
     ["options"],
-    ["errors"],
+    ["errors", "wording"],
 ]
 LEVEL = {room: level for level, line in enumerate(ROOMS) for room in line}
 

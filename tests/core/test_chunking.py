@@ -24,6 +24,7 @@ from asyncembed.encoders.tokenizers import FastTokenizer
 from asyncembed.errors import OptionsError
 from asyncembed.options import LongTexts
 from asyncembed.splitting import HEAD_SECTIONS, SECTION_CHARS, sections
+from asyncembed.wording import plural
 
 from .minilm import MAX_TOKENS, N_SPECIAL, chunker, fast_tokenizer, rust_tokenizer
 
@@ -257,7 +258,7 @@ def test_chunk_prompt_with_unknown_tokens_does_not_fail_the_text() -> None:
     made_by = chunker(prompt="\U0001fae0: ")
     result = chunk_one(made_by, "dog")
     assert (result.error, result.unknown_tokens) == (None, 0)
-    assert chunk_one(made_by, "\U0001fae0").error == "the model's vocabulary knows none of the text's 1 tokens"
+    assert chunk_one(made_by, "\U0001fae0").error == "the model's vocabulary knows none of the text's 1 token"
     assert chunk_one(made_by, "dog \U0001fae0 " * 200).unknown_tokens == 200
 
 
@@ -290,7 +291,7 @@ def test_chunk_lone_surrogate_fails_alone_and_its_neighbours_pass() -> None:
 @pytest.mark.parametrize(("text", "n_tokens"), [("a" * 10_000, 1), ("วันนี้อากาศดีมาก", 1), ("\U0001fae0 \U0001fae0", 2)])
 def test_chunk_text_of_nothing_but_unknown_tokens_fails_with_that_reason(text: str, n_tokens: int) -> None:
     result = chunk_one(chunker(), text)
-    assert result.error == f"the model's vocabulary knows none of the text's {n_tokens} tokens"
+    assert result.error == f"the model's vocabulary knows none of the text's {plural(n_tokens, 'token')}"
     assert result.unknown_tokens == n_tokens
 
 

@@ -49,7 +49,9 @@ async def test_id_outside_the_vocabulary_is_named(encoder: Any, bad: int) -> Non
     assert caught.value.index == 1
 
 
-@pytest.mark.parametrize(("ids", "reason"), [([], "has no tokens"), ([101, 102], "no tokens"), ([100, 100], "unknown")])
+@pytest.mark.parametrize(
+    ("ids", "reason"), [([], "has no tokens"), ([101, 102], "no tokens"), ([100, 100], "knows none of")]
+)
 async def test_ids_that_say_nothing_are_refused(encoder: Any, ids: list[int], reason: str) -> None:
     async with AsyncEmbedder(encoder) as embedder:
         with pytest.raises(TextError, match=reason):
@@ -64,7 +66,7 @@ async def test_ids_where_the_tokenizer_does_not_know_them_are_refused() -> None:
 
 async def test_item_that_is_neither_text_nor_ids_is_refused() -> None:
     async with AsyncEmbedder(FakeEncoder()) as embedder:
-        with pytest.raises(OptionsError, match="item 1 is neither text nor TokenText but int"):
+        with pytest.raises(OptionsError, match="item 1 is an int, not a str or TokenText"):
             embedder.embed_counted_nowait(["a", 3])  # type: ignore[list-item]  # the mistake in question
 
 

@@ -102,6 +102,20 @@ async def test_synchronous_call_on_the_embedders_loop_is_refused_and_elsewhere_a
         assert await asyncio.to_thread(embeddings.embed_query, "heron") == vector("heron")
 
 
+async def test_one_text_is_no_list_of_documents_and_a_list_no_query() -> None:
+    with AsyncEmbedEmbeddings(FakeEncoder()) as embeddings:
+        with pytest.raises(TypeError, match=r"a list of texts, not one text; pass \[text\]"):
+            embeddings.embed_documents("abc")  # type: ignore[arg-type]  # on purpose
+        with pytest.raises(TypeError, match="not one text"):
+            await embeddings.aembed_documents("abc")  # type: ignore[arg-type]  # on purpose
+        with pytest.raises(TypeError, match="not a dict"):
+            embeddings.embed_documents({"a": 1})  # type: ignore[arg-type]  # on purpose
+        for ask in (embeddings.embed_query, lambda query: asyncio.run(embeddings.aembed_query(query))):
+            with pytest.raises(TypeError, match="the query is a list, not a str"):
+                await asyncio.to_thread(ask, ["a"])
+        assert embeddings.embed_documents(("boat",)) == [vector("boat")]  # type: ignore[arg-type]  # as good as a list
+
+
 def test_options_that_cannot_be_are_refused_at_once() -> None:
     with pytest.raises(OptionsError, match="chunk_size"):
         AsyncEmbedEmbeddings(FakeEncoder(), chunk_size=0)

@@ -88,6 +88,22 @@ async def test_embed_records_tell_tokens_and_reasons() -> None:
     assert (bad.index, bad.embedding, bad.error) == (1, None, "the text has no tokens")
 
 
+async def test_embed_records_item_that_is_no_text_is_a_record_of_its_own() -> None:
+    async with AsyncEmbedder(FakeEncoder()) as embedder:
+        found = await embedder.embed_records([None, "a heron", b"a", "boat"])  # type: ignore[list-item]  # on purpose
+        assert (await embedder.embed_records([3]))[0].error == "item 0 is an int, not a str"  # type: ignore[list-item]
+        with pytest.raises(TypeError, match="not a dict"):
+            await embedder.embed_records({"a": 1})  # type: ignore[arg-type]  # on purpose
+    assert [(one.index, one.text, one.error) for one in found] == [
+        (0, "", "item 0 is None, not a str"),
+        (1, "a heron", None),
+        (2, "", "item 2 is bytes, not a str; decode it first"),
+        (3, "boat", None),
+    ]
+    assert found[3].embedding is not None
+    assert found[3].embedding.tolist() == vector("boat")
+
+
 async def test_embed_text_that_fails_is_named_and_the_rest_is_dropped() -> None:
     gate, encoder = held_model()
     async with AsyncEmbedder(encoder, batch_size=1) as embedder:
@@ -105,8 +121,12 @@ async def test_embed_text_that_fails_is_named_and_the_rest_is_dropped() -> None:
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        ({"texts": 3}, "a text or a list of texts, not int"),
-        ({"texts": ["a", None]}, "item 1 is no text but NoneType"),
+        ({"texts": 3}, "a text or a list of texts is needed, not an int"),
+        ({"texts": b"a"}, "not bytes; decode it first"),
+        ({"texts": {"a": 1}}, "not a dict; pass its texts in a list"),
+        ({"texts": {"a", "b"}}, "not a set; pass its texts in a list"),
+        ({"texts": ["a", None]}, "item 1 is None, not a str"),
+        ({"texts": [b"a"]}, "item 0 is bytes, not a str; decode it first"),
         ({"texts": "a", "priority": "soon"}, "priority='soon' is not"),
         ({"texts": "a", "priority": -1}, "priority=-1 is not"),
         ({"texts": "a", "priority": True}, "priority=True is not"),
@@ -114,8 +134,23 @@ async def test_embed_text_that_fails_is_named_and_the_rest_is_dropped() -> None:
 )
 async def test_embed_argument_that_cannot_be_is_refused(call: dict[str, Any], reason: str) -> None:
     async with AsyncEmbedder(FakeEncoder()) as embedder:
-        with pytest.raises(OptionsError, match=reason):
+        with pytest.raises(OptionsError, match=reason) as raised:
             await embedder.embed(**call)
+    assert isinstance(raised.value, TypeError) == (call["texts"] != "a")
+
+
+@pytest.mark.parametrize("of", [list, tuple, iter, lambda texts: dict.fromkeys(texts).keys(), np.array])
+async def test_embed_anything_that_has_an_order_is_a_list_of_texts(of: Any) -> None:
+    async with AsyncEmbedder(FakeEncoder()) as embedder:
+        assert (await embedder.embed(of(["a heron", "boat"]))).tolist() == [vector("a heron"), vector("boat")]
+
+
+async def test_embedder_that_would_keep_more_dimensions_than_there_are_is_not_opened() -> None:
+    with pytest.raises(OptionsError, match="truncate_dim=5 is more than the 4 dimensions"):
+        async with AsyncEmbedder(FakeEncoder(dim=4), truncate_dim=5):
+            pass
+    async with AsyncEmbedder(FakeEncoder(dim=4), truncate_dim=4) as embedder:
+        assert embedder.dim == 4
 
 
 @pytest.mark.parametrize("options", [{"save_path": "data"}, {"ordered": True}, {"nonsense": 1}, {"dtype": "float8"}])
@@ -308,7 +343,7 @@ async def test_embed_given_up_costs_nothing(how: str) -> None:
         stays = start(embedder.embed("stays"))
         await until(lambda: embedder.statistics().requests == 2)
         if how == "deadline":
-            with pytest.raises(DeadlineError, match=r"2 texts were not embedded within deadline_s=0.01") as raised:
+            with pytest.raises(DeadlineError, match=r"2 texts not embedded within deadline_s=0.01") as raised:
                 await embedder.embed(["gone", "gone too"], deadline_s=0.01)
             assert isinstance(raised.value, TimeoutError)
         else:

@@ -63,7 +63,7 @@ def test_item_that_is_no_text_and_text_that_fails_are_in_errors(tmp_path: Path) 
     both_ways(tmp_path, items)
     found = errors(tmp_path / "steps")
     assert [line["index"] for line in found] == [1, 2, 3, 4, 5, 6, 7]
-    assert found[0]["reason"] == "item 1 of the input is a int, not a str"
+    assert found[0]["reason"] == "item 1 of the input is an int, not a str"
     assert found[2]["key"] == "k"
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import asyncembed.job.job as job_module
 from asyncembed import (
+    AsyncEmbedder,
     AsyncEmbedError,
     ClosedError,
     OptionsError,
@@ -202,6 +203,8 @@ async def test_ordered_gives_input_order_under_a_tiny_budget() -> None:
 
 
 async def test_every_text_failed_raises_with_the_reason(model: Any) -> None:
+    with pytest.raises(AsyncEmbedError, match=r"^the text could not be embedded: the text has no tokens"):
+        await embed_stream([""], model=FakeEncoder(), save_path=None)
     with pytest.raises(AsyncEmbedError, match=r"none of the 2 texts could be embedded.*no tokens"):
         await embed_stream(["", "  \n"], model=model, save_path=None)
 
@@ -216,7 +219,7 @@ async def test_item_that_is_no_text_is_a_failed_record_with_its_position(model: 
     vectors = await stream
     assert list(vectors) == ["good"]
     assert [failure.index for failure in stream.failures] == [1, 2, 3]
-    assert "item 1 of the input is a int" in stream.failures[0].error.replace("an int", "a int")
+    assert "item 1 of the input is an int" in stream.failures[0].error
 
 
 async def test_stream_is_used_once(model: Any) -> None:
@@ -412,6 +415,17 @@ async def test_encoder_of_a_user_gives_float32_whatever_it_returns() -> None:
 
     vectors = await embed_stream(["a"], model=Double(), save_path=None)
     assert vectors["a"].dtype == np.float32
+
+
+async def test_more_dimensions_than_there_are_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    encoder = FakeEncoder(dim=4)
+    with pytest.raises(OptionsError, match="truncate_dim=5 is more than the 4 dimensions"):
+        await embed_stream(["a"], model=encoder, save_path=tmp_path, truncate_dim=5)
+    async with AsyncEmbedder(encoder) as embedder:
+        with pytest.raises(OptionsError, match="truncate_dim=5 is more than the 4 dimensions"):
+            await embed_stream(["a"], embedder=embedder, save_path=tmp_path, truncate_dim=5)
+    assert encoder.rows == 0
+    assert not list(tmp_path.rglob("*.json"))
 
 
 async def test_live_model_that_truncates_gives_what_its_encode_gives(model: Any, tmp_path: Path) -> None:

@@ -105,16 +105,16 @@ async def test_feed_items_that_are_no_text_become_rejected_with_their_position(a
     feed = TextFeed(source() if asynchronous else given)
     items = [item async for batch in feed for item in batch]
     assert items[0] == Text("a")
-    assert items[1] == Rejected("item 1 of the input is a bytes, not a str", content="b'b'")
-    assert items[2] == Rejected("item 2 of the input is a NoneType, not a str", content="None")
-    assert items[3] == Rejected("item 3 of the input is a int, not a str", content="3")
+    assert items[1] == Rejected("item 1 of the input is bytes, not a str; decode it first", content="b'b'")
+    assert items[2] == Rejected("item 2 of the input is None, not a str", content="None")
+    assert items[3] == Rejected("item 3 of the input is an int, not a str", content="3")
     assert items[4] is given[4]
-    assert items[5] == Rejected("item 5 of the input is a NoneType, not a str", key="key", content="None")
+    assert items[5] == Rejected("item 5 of the input is None, not a str", key="key", content="None")
     assert items[6] is passed
     assert items[7] == Text("red")
     assert type(items[7].text) is str
     assert items[8] == Rejected("item 8 of the input is a Unprintable, not a str", content=items[8].content)
-    assert items[9].reason == "item 9 of the input is a int, not a str"
+    assert items[9].reason == "item 9 of the input is an int, not a str"
 
 
 @pytest.mark.parametrize("source", ["text", b"text", bytearray(b"text"), memoryview(b"text")])

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from asyncembed.cli.progress import in_words
-from asyncembed.cli.report import plural
+from asyncembed.wording import plural
 
 
 @dataclass(slots=True)
