@@ -33,8 +33,11 @@ SMALL_ANSWER = 8192
 OPEN_PATHS = frozenset({"/health"})
 """Paths that need no key."""
 
+PIECE = 1 << 16
+"""Bytes of an answer that are sent at a time: whether all before were taken shows who reads it."""
+
 GONE = 499
-"""The status counted for a client that went away; nobody is told."""
+"""The status counted for a client that went away before it had its answer; nobody is told."""
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -72,6 +75,10 @@ class _Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif not message.get("more_body", False):
+                message = await _send_most(message, send)
+                if await _is_gone(receive):
+                    status = GONE
             await send(message)
 
         try:
@@ -215,6 +222,23 @@ async def _tell_http(request: Request, error: Exception) -> Response:
 async def _tell_bug(_: Request, error: Exception) -> Response:
     """An error that nobody foresaw; the framework raises it again for the log."""
     return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more", kind=SERVER).response()
+
+
+async def _send_most(message: Message, send: Send) -> Message:
+    """Send a body but for its last piece, which is returned; waits while the client does not read."""
+    body = message.get("body", b"")
+    last = max(0, len(body) - 1) // PIECE * PIECE
+    for start in range(0, last, PIECE):
+        await send({"type": message["type"], "body": body[start : start + PIECE], "more_body": True})
+    return {**message, "body": body[last:]} if last else message
+
+
+async def _is_gone(receive: Receive) -> bool:
+    """Whether the client has gone away, as far as is known now."""
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        return bool((await receive())["type"] == "http.disconnect")
+    return False
 
 
 _PATHS = "see / for help"

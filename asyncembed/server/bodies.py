@@ -71,4 +71,4 @@ class Bodies:
             raise ApiError(408, message, code="request_timeout", headers={"Connection": "close"}) from None
 
     def _too_large(self, size: str) -> Exception:
-        return too_large(f"the body has {size}; this server takes {self.max_bytes}. Send fewer texts at once")
+        return too_large(f"the body has {size}; this server takes {self.max_bytes}; send fewer texts in a request")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -39,12 +40,15 @@ MEANINGS = (
 SERVER = "Server"
 LIMITS = "Limits"
 
+KEY_VARIABLE = "ASYNCEMBED_API_KEY"
+
 TAKEN = (
     "model",
     "device",
     "backend",
     "dtype",
     "trust_remote_code",
+    "allow_pickle",
     "long_texts",
     "chunk_size",
     "chunk_overlap",
@@ -79,8 +83,12 @@ def parse(arguments: Sequence[str]) -> ServerSettings | int:
 def _settings(**values: Any) -> ServerSettings:
     """What click calls with the values of all parameters."""
     api_key = values.pop("api_key")
+    if api_key is None:  # click takes a variable that is set and empty for one that is not set
+        api_key = os.environ.get(KEY_VARIABLE)
     if api_key is not None and not (api_key := api_key.strip(string.whitespace)):  # as the client's is
-        raise click.UsageError("the API key is empty; leave --api-key away to let everyone in")
+        raise click.UsageError(
+            f"the API key is empty; leave --api-key away and {KEY_VARIABLE} unset to let everyone in"
+        )
     options = {name: values.pop(name) for name in TAKEN if name != "model"}
     options["max_pending_bytes"] = values.pop("max_pending_bytes") or None
     options["cache_bytes"] = values.pop("cache_bytes")
@@ -101,7 +109,7 @@ def _server_options() -> list[click.Parameter]:
                       help="Address to listen on; 0.0.0.0 for all of this machine's."),
         GroupedOption(["--port"], type=click.IntRange(0, 65535), default=8000, show_default=True, group=SERVER,
                       help="Port to listen on; 0 takes a free one and prints it."),
-        GroupedOption(["--api-key"], envvar="ASYNCEMBED_API_KEY", metavar="KEY", group=SERVER,
+        GroupedOption(["--api-key"], envvar=KEY_VARIABLE, metavar="KEY", group=SERVER,
                       help="Clients must send it as bearer token. Better set ASYNCEMBED_API_KEY: others can see the "
                       "arguments of a process."),
         GroupedOption(["--drain-s"], type=click.FloatRange(min=0), default=DEFAULT_DRAIN_S, metavar="SECONDS",

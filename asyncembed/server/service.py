@@ -19,6 +19,7 @@ from asyncembed.server.metrics import Metrics
 from asyncembed.server.payload import EmbeddingsRequest
 from asyncembed.server.settings import ServerSettings
 from asyncembed.threads import WorkerThread
+from asyncembed.wording import plural
 
 LOADING_RETRY_S = 2
 MAX_RETRY_S = 60
@@ -128,8 +129,10 @@ class Service:
             return ApiError(400, message, param=place, code="text_not_embeddable")
         if isinstance(error, OverloadedError):
             if not error.can_fit:
-                return too_large(str(error), "too_many_texts")
-            return overloaded(str(error), retry_after_s(self.embedder.statistics()))
+                given = f"{plural(len(asked.inputs), 'text')} of this size"
+                return too_large(f"{given} are more than this server holds; send fewer in a request", "too_many_texts")
+            wait_s = retry_after_s(self.embedder.statistics())
+            return overloaded(f"too much is under way; try again in {plural(wait_s, 'second')}", wait_s)
         if isinstance(error, ClosedError):
             return unavailable("the server is being shut down", "shutting_down")
         if isinstance(error, ModelError):
@@ -168,7 +171,9 @@ class Service:
 def unknown_model(name: str, settings: ServerSettings) -> ApiError:
     """There is no model of that name here."""
     shown = name if len(name) <= 80 else f"{name[:77]}..."
-    message = f"The model '{shown}' does not exist here; there is {settings.names[0]!r}"
+    own, *others = map(repr, settings.names)
+    also = f", also called {', '.join(others)}" if others else ""
+    message = f"The model '{shown}' does not exist here; there is {own}{also}"
     return ApiError(404, message, param="model", code="model_not_found")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 import tracemalloc
 from typing import Any
@@ -66,7 +67,8 @@ async def test_models_health_page_and_metrics_say_what_there_is() -> None:
         metrics = (await http.get("/metrics")).text
     assert [model["id"] for model in listed["data"]] == ["heron-base", "/models/heron-base", "text-embedding-3-small"]
     assert (one["id"], one["object"], one["owned_by"]) == ("heron-base", "model", "asyncembed")
-    refused(unknown, 404, "model_not_found")
+    named = refused(unknown, 404, "model_not_found")["message"]
+    assert named.endswith("'heron-base', also called '/models/heron-base', 'text-embedding-3-small'")
     assert (health.status_code, health.json()) == (200, {"status": "ready"})
     assert page.headers["content-type"].startswith("text/html")
     assert "http://server/v1" in page.text
@@ -152,10 +154,12 @@ async def test_no_room_now_is_429_and_never_is_413() -> None:
             group.start_soon(lambda: http.post(PATH, json={"input": ["a heron", "a boat"]}))
             await gate.begun()
             full = await http.post(PATH, json={"input": "on the river"})
-            refused(full, 429, "overloaded")
+            now = refused(full, 429, "overloaded")
+            assert now["message"] == "too much is under way; try again in 1 second"
             assert full.headers["retry-after"] == "1"
             gate.let_go(3)
-        refused(await http.post(PATH, json={"input": ["a", "b", "c", "d"]}), 413, "too_many_texts")
+        never = refused(await http.post(PATH, json={"input": ["a", "b", "c", "d"]}), 413, "too_many_texts")
+        assert never["message"] == "4 texts of this size are more than this server holds; send fewer in a request"
         gate.let_go()
         assert (await http.post(PATH, json={"input": "on the river"})).status_code == 200
 
@@ -220,6 +224,29 @@ async def test_client_that_goes_away_costs_the_model_nothing() -> None:
         assert at_rest(embedder)
         line = 'asyncembed_requests_total{path="/v1/embeddings",status="499"} 1.0'
         await until(lambda: line in service.metrics.exposition().decode())
+
+
+async def test_answer_that_a_client_does_not_read_is_counted_as_such() -> None:
+    """16 MB, of which the kernel takes a part."""
+    async with opened(AsyncEmbedder(FakeEncoder(dim=8192))) as service, listening(service) as port:
+        body = b'{"input": [%b], "encoding_format": "base64"}' % b",".join(b'"text %d"' % n for n in range(384))
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await anyio.to_thread.run_sync(raw.connect, ("127.0.0.1", port))
+            head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (PATH.encode(), len(body))
+            await anyio.to_thread.run_sync(raw.sendall, head + body)
+            answer = await anyio.to_thread.run_sync(raw.recv, 12)
+            assert answer == b"HTTP/1.1 200"
+        line = 'asyncembed_requests_total{path="/v1/embeddings",status="499"} 1.0'
+        await until(lambda: line in service.metrics.exposition().decode())
+
+
+async def test_large_answer_arrives_whole() -> None:
+    async with opened(AsyncEmbedder(FakeEncoder(dim=8192))) as service, listening(service) as port:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+            answer = (await http.post(PATH, json={"input": [f"text {number}" for number in range(50)]})).json()
+            assert [len(one["embedding"]) for one in answer["data"]] == [8192] * 50
+        assert 'status="200"} 1.0' in service.metrics.exposition().decode()
 
 
 async def test_client_that_goes_away_while_it_sends_leaves_nothing() -> None:

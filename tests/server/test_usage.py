@@ -60,6 +60,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
         (["--colour"], "--colour"),
         (["--max-body-bytes", "much"], "no amount of memory"),
         (["--api-key", " "], "the API key is empty"),
+        (["--api-key", ""], "the API key is empty"),
         (["--dtype", "int3"], "int3"),
     ],
 )
@@ -73,12 +74,20 @@ def test_mistake_is_one_line_and_exit_2(arguments: list[str], words: str, tmp_pa
     assert done.stderr.count("\n") == 1
 
 
+def test_empty_key_in_the_environment_is_not_no_key(tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "ASYNCEMBED_API_KEY": ""}
+    done = subprocess.run(PROGRAM, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "the API key is empty; without --api-key and ASYNCEMBED_API_KEY everyone" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYNCEMBED_API_KEY", "of-the-environment")
     line = (
         "--model m --host 0.0.0.0 --port 9 --alias a --alias b --max-body-bytes 1KiB --max-inputs 3 "
         "--max-pending-bytes 1MB --cache-bytes 2MB --drain-s 4.5 --device cpu --backend torch --dtype float32 "
-        "--long-texts error --truncate-dim 8 --token-limit 77"
+        "--long-texts error --truncate-dim 8 --token-limit 77 --allow-pickle"
     )
     found = parse(shlex.split(line))
     assert isinstance(found, ServerSettings)
@@ -88,6 +97,7 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch) -> N
     expected = {
         "max_pending_bytes": 10**6, "cache_bytes": 2 * 10**6, "device": "cpu", "backend": "torch", "dtype": "float32",
         "long_texts": "error", "truncate_dim": 8, "token_limit": 77, "prompt": None,
+        "allow_pickle": True,
     }  # fmt: skip
     assert expected.items() <= dict(found.options).items()
 

@@ -169,7 +169,7 @@ def test_read_texts_buffer_in_memory_is_read():
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [(io.StringIO("a"), "binary mode"), (b"bytes", "a bytes cannot be read"), (None, "a NoneType cannot be read")],
+    [(io.StringIO("a"), "binary mode"), (b"bytes", "bytes cannot be read"), (None, "None cannot be read")],
 )
 def test_read_texts_what_is_no_binary_file_is_refused(source, message):
     with pytest.raises(OptionsError, match=message):
