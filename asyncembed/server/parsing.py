@@ -86,9 +86,7 @@ def _settings(**values: Any) -> ServerSettings:
     if api_key is None:  # click takes a variable that is set and empty for one that is not set
         api_key = os.environ.get(KEY_VARIABLE)
     if api_key is not None and not (api_key := api_key.strip(string.whitespace)):  # as the client's is
-        raise click.UsageError(
-            f"the API key is empty; leave --api-key away and {KEY_VARIABLE} unset to let everyone in"
-        )
+        raise click.UsageError(f"the API key is empty; without --api-key and {KEY_VARIABLE} everyone is let in")
     options = {name: values.pop(name) for name in TAKEN if name != "model"}
     options["max_pending_bytes"] = values.pop("max_pending_bytes") or None
     options["cache_bytes"] = values.pop("cache_bytes")
