@@ -43,7 +43,6 @@ class Engine:
         self, encoder: Encoder, estimator: LimitEstimator, *, model_thread: WorkerThread, max_rows: int | None = None
     ) -> None:
         self.encoder = encoder
-        self.model_thread = model_thread
         self._estimator = estimator
         self._heap = ChunkHeap(prompt_below=BULK)
         self._lanes: dict[int, Lane] = {}
@@ -100,11 +99,6 @@ class Engine:
     def close(self) -> None:
         """No more texts will come: `run` ends when all is done. Idempotent."""
         self._consumer.close()
-
-    @property
-    def ended(self) -> Exception | None:
-        """Why no lane can go on; None if they can."""
-        return self._ended
 
     def break_lanes(self, error: Exception, *, but: Lane | None = None) -> None:
         """The engine ends, while lanes are still open: their own `run` raises this, all but one's."""

@@ -67,7 +67,8 @@ class IdTokenizer(Tokenizer, Protocol):
 class Encoder(Protocol):
     """A model: rows of token ids in, vectors out.
 
-    `start` and `finish` are only ever called from one thread. A failure of either is an exception; out of memory
+    `start` and `finish` are only ever called from one thread; `tokenizer`, `fingerprint` and `made_with` may be called
+    from another meanwhile. A failure of either is an exception; out of memory
     is told by `failures.classify`.
 
     Attributes:

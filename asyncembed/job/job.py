@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -224,19 +222,12 @@ class Job:
             self.measure()
 
     async def _load(self, recorded: Mapping[str, Any]) -> tuple[Encoder, Chunker, dict[str, Any]]:
-        thread, encoder = self._model_thread, None
+        encoder = None
         if self._parts.host is not None:
             self._engine = await self._parts.host.engine()
-            thread, encoder = self._engine.model_thread, self._engine.encoder
-        try:
-            loaded = await thread.run(load_all, self._options, self._parts.splitter, recorded, encoder)
-        except (asyncio.CancelledError, RuntimeError):
-            task = asyncio.current_task()
-            if task is not None and sys.version_info >= (3, 11) and task.cancelling():
-                raise  # it is we who were cancelled
-            if self._engine is not None and self._engine.ended is not None:  # its thread was closed under our call
-                raise self._engine.ended from None
-            raise
+            encoder = self._engine.encoder
+        # In the job's own thread also where the model is another's: requests must not wait for what needs no model.
+        loaded = await self._model_thread.run(load_all, self._options, self._parts.splitter, recorded, encoder)
         encoder = loaded[0]
         self.summary.model, self.summary.device = encoder.name, encoder.device
         self.summary.backend, self.summary.dtype = encoder.backend, encoder.dtype

@@ -96,6 +96,20 @@ def _is_prepared(embedder: AsyncEmbedder) -> bool:
     return any(chunk.priority == 0 for item in engine._consumer._submitted for chunk in item.batch.chunks)
 
 
+async def test_job_starts_while_the_model_is_held_by_a_batch(tmp_path: Path) -> None:
+    """What it needs before its first text needs no model: requests would wait for it otherwise."""
+    gate, encoder = held_model()
+    async with AsyncEmbedder(encoder, batch_size=1) as embedder:
+        asked = start(embedder.embed("somebody waits"))
+        await gate.begun()
+        job = start(run(bulk(5), embedder, save_path=tmp_path))
+        await until(lambda: embedder.statistics().waiting_chunks == 4)  # the fifth stands ready
+        assert not asked.done()
+        gate.let_go(10)
+        assert len(await job) == 5
+        assert (await asked).tolist() == vector("somebody waits")
+
+
 async def test_job_that_cannot_save_fast_enough_does_not_hold_requests_back(tmp_path: Path) -> None:
     """Its results pile up unread by its store: only its own rows wait."""
     blocked, release = asyncio.Event(), asyncio.Event()
