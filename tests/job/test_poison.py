@@ -167,7 +167,8 @@ async def test_dead_device_stops_every_face_loudly_with_all_that_was_finished_sa
         with pytest.raises(ModelError, match=words):
             EmbeddingGenerator(encoder, save_path=tmp_path)(texts)
     else:
-        stream = embed_stream(endless_around("MARK-DEAD"), model=encoder, save_path=tmp_path)
+        # The budget bounds how far an endless source runs ahead while the odd text waits for its turn.
+        stream = embed_stream(endless_around("MARK-DEAD"), model=encoder, save_path=tmp_path, max_memory_usage="1MB")
         with pytest.raises(ModelError, match=words):
             await use(stream, face)
         await all_tasks_done()
