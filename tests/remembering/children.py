@@ -17,6 +17,7 @@ import psutil
 from asyncembed import Batch, EmbedOptions, Encoder, embed_stream, load_encoder
 from asyncembed.encoders import FloatMatrix
 from asyncembed.records import Chunk
+from tests.fakes import FakeEncoder
 
 MIB = 1 << 20
 
@@ -122,10 +123,26 @@ def held(n_texts: int, n_chars: int, max_bytes: int) -> dict[str, Any]:
     return {**found, "above_model": found["peak_rss_bytes"] - before}
 
 
+async def grown(n_before: int, n_texts: int) -> dict[str, int]:
+    """A job of so many short texts: how far the process grew after the first `n_before`.
+
+    The budget is small, so that what happens to be in flight at either moment is no more than noise.
+    """
+    texts = (f"text number {number} of the stream" for number in range(n_texts))
+    n = before = 0
+    async for _ in embed_stream(texts, model=FakeEncoder(dim=16), save_path=None, max_memory_usage="16MB"):
+        n += 1
+        if n == n_before:
+            before = psutil.Process().memory_info().rss
+    return {"n_texts": n, "grown_bytes": psutil.Process().memory_info().rss - before}
+
+
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
     if what == "killed":
         print(json.dumps(killed(int(arguments[0]), int(arguments[1]))))
+    elif what == "grown":
+        print(json.dumps(asyncio.run(grown(*map(int, arguments)))))
     elif what == "held":
         print(json.dumps(held(*map(int, arguments))))
     else:

@@ -24,16 +24,20 @@ N_TEXTS = 200
 HELD = ((1_000_000, 44, 256 << 20), (3, 5_000_000, 256 << 20), (2, 50_000_000, 1 << 30))
 """Texts, characters of each, and the budget."""
 
+GROWN = (50_000, 300_000, 20_000_000)
+"""Short texts before the measurement and in all, and the bytes by which the process may grow between."""
+
 
 def storm(seed: int, work: Path) -> Iterator[Figures]:
     """Jobs that do not fit at five limits, each with a second one that knows it; then sources faster than the model.
 
-    Nothing here is random, so the seed is not used.
+    Last a long stream. Nothing here is random, so the seed is not used.
     """
     for number, (backend, n_mib) in enumerate(LIMITS):
         yield _exhausted(backend, n_mib, work / str(number))
     for n_texts, n_chars, budget in HELD:
         yield _held(n_texts, n_chars, budget, work)
+    yield _grown(*GROWN, work)
 
 
 def _exhausted(backend: str, n_mib: int, cache: Path) -> Figures:
@@ -66,6 +70,16 @@ def _held(n_texts: int, n_chars: int, budget: int, work: Path) -> Figures:
     above = found["above_model"]
     broken = (f"it took {above} bytes",) if above > budget else ()
     return Figures(name, {"finished": found["embedded"], "peak above the model, MB": above // 10**6}, broken)
+
+
+def _grown(n_before: int, n_texts: int, most: int, work: Path) -> Figures:
+    name = f"{n_texts:,} short texts, flat from {n_before:,} on"
+    found = _child(work / "grown", "grown", str(n_before), str(n_texts))
+    if isinstance(found, str):
+        return Figures(name, {}, (found,))
+    grown = found["grown_bytes"]
+    broken = (f"it grew by {grown} bytes",) if grown >= most or found["n_texts"] != n_texts else ()
+    return Figures(name, {"finished": found["n_texts"], "growth, MB": grown // 10**6}, broken)
 
 
 def _child(cache: Path, *arguments: str) -> Any:
