@@ -67,7 +67,7 @@ async def test_iterating_an_async_generator_gives_each_text_once(model: Any) -> 
 
 
 async def test_break_half_way_closes_everything(model: Any) -> None:
-    stream = embed_stream(endless(), model=model, save_path=None)
+    stream = embed_stream(endless(), model=model, save_path=None, batch_size=8)
     n_seen = 0
     async for _ in stream:
         n_seen += 1
@@ -78,7 +78,7 @@ async def test_break_half_way_closes_everything(model: Any) -> None:
 
 
 async def test_leaving_the_block_half_way_closes_everything(model: Any, tmp_path: Path) -> None:
-    async with embed_stream(endless(), model=model, save_path=tmp_path) as stream:
+    async with embed_stream(endless(), model=model, save_path=tmp_path, batch_size=8) as stream:
         async for _ in stream:
             break
         await asyncio.sleep(0)  # the loop begins to close the generator that was left
@@ -89,7 +89,7 @@ async def test_leaving_the_block_half_way_closes_everything(model: Any, tmp_path
 
 
 async def test_cancellation_half_way_closes_everything(model: Any, tmp_path: Path) -> None:
-    stream = embed_stream(endless(), model=model, save_path=tmp_path)
+    stream = embed_stream(endless(), model=model, save_path=tmp_path, batch_size=8)
     begun = asyncio.Event()
 
     async def read() -> None:
@@ -289,7 +289,7 @@ async def test_computed_results_do_not_pile_up_before_the_writer(tmp_path: Path)
     """The store's thread is held: the model stops after a commit's worth of texts and two batches."""
     release = threading.Event()
     encoder = FakeEncoder()
-    texts = numbered(5000)
+    texts = numbered(1500)
     stream = embed_stream(texts, model=encoder, save_path=tmp_path, batch_size=16)
     async with stream:
         held = False
@@ -305,7 +305,7 @@ async def test_computed_results_do_not_pile_up_before_the_writer(tmp_path: Path)
                 n_saved = stream._job.summary.texts
                 n_ahead = encoder.rows - n_saved
                 release.set()
-    assert encoder.rows == 5000
+    assert encoder.rows == 1500
     assert n_ahead <= 256 + 2 * 16  # a commit's worth, and the batches that were under way by then
 
 
