@@ -2,7 +2,7 @@
 
 An entry is `{"status": "completed"|"failed", "n_tokens", "n_chunks", "key"?, "error"?, "size"?}`, always in this order,
 so that its status can be told from its first bytes. A line of the journal is an entry with `"id"` before it; one that
-has only `"id"` and `"key"` adds a key.
+has only `"id"` and `"key"` adds a key, and with `"moved"` takes it from all other texts.
 """
 
 from __future__ import annotations
@@ -43,6 +43,38 @@ def failed_line(identity: str, n_tokens: int, n_chunks: int, error: str, key: st
 def key_line(identity: str, key: str) -> bytes:
     """The journal's line for one more key of a text."""
     return encode_json({"id": identity, "key": key}) + b"\n"
+
+
+def moved_line(identity: str, key: str) -> bytes:
+    """The journal's line for a key that another text had, and this one has now."""
+    return encode_json({"id": identity, "key": key, "moved": True}) + b"\n"
+
+
+def is_moved(line: Mapping[str, Any]) -> bool:
+    """Whether a line's key was another text's."""
+    return line.get("moved") is True
+
+
+def moved_keys(lines: Iterable[tuple[bytes, bytes]]) -> dict[str, bytes]:
+    """The keys that changed hands, and who has each now, by a journal's ids and lines in the order written."""
+    owners: dict[str, bytes] = {}
+    for identity, data in lines:
+        if b'"moved"' in data and (line := parse(data)) is not None and is_moved(line):
+            owners.update(dict.fromkeys(keys_of(line), identity))
+    return owners
+
+
+def without_moved(identity: bytes, body: bytes, owners: Mapping[str, bytes]) -> bytes:
+    """An entry's bytes less the keys that belong to another text now."""
+    if not owners or b'"key"' not in body or (entry := parse(body)) is None:
+        return body
+    keys = [key for key in keys_of(entry) if owners.get(key, identity) == identity]
+    if len(keys) == len(list(keys_of(entry))):
+        return body
+    entry.pop("key")
+    if keys:
+        entry["key"] = keys[0] if len(keys) == 1 else keys
+    return encode_json(canonical(entry) or entry)
 
 
 def entry_line(identity: str, entry: Mapping[str, Any]) -> bytes:

@@ -20,10 +20,10 @@ from typing import IO, Any
 import ijson
 
 from asyncembed.sinks.codec import decode_json, encode_json
-from asyncembed.sinks.entries import Entry, canonical, fold, is_completed, parse
+from asyncembed.sinks.entries import Entry, canonical, fold, is_completed, moved_keys, parse, without_moved
 from asyncembed.sinks.folder import replacing
 from asyncembed.sinks.header import VERSION, Header, header_from
-from asyncembed.sinks.journal import journal_by_id
+from asyncembed.sinks.journal import journal_by_id, journal_lines
 
 _HEADER_BYTES = 1 << 20
 _LAST_LINE = re.compile(rb'\n\},"n_completed":(\d+)\}\n\Z')
@@ -148,7 +148,16 @@ def write_index(
 
 
 def merged_entries(old: str | None, journal: str) -> Iterator[tuple[bytes, bytes]]:
-    """Id and entry of each text of an intact index, if there is one, and the journal, ids ascending."""
+    """Id and entry of each text of an intact index, if there is one, and the journal, ids ascending.
+
+    Holds the keys that changed hands, and 16 bytes for each line of the journal.
+    """
+    owners = moved_keys(journal_lines(journal))
+    for identity, body in _merged(old, journal):
+        yield identity, without_moved(identity, body, owners)
+
+
+def _merged(old: str | None, journal: str) -> Iterator[tuple[bytes, bytes]]:
     changes = journal_by_id(journal)
     change = next(changes, None)
     for identity, body in index_lines(old) if old is not None else ():

@@ -121,7 +121,7 @@ class StoredEmbeddings:
         return self._read(identity, identity)
 
     def by_key(self, key: str) -> StoredText:
-        """The stored text that was given with a key; where several were, the one that the index names last.
+        """The stored text that came with a key last; one of them, where one run's input gave it to several.
 
         The first call reads the keys of the whole index into memory; a later one does so again if a job wrote since.
 

@@ -10,7 +10,7 @@ from asyncembed.errors import CorruptRecordError, StoreError, StoreMismatchError
 from asyncembed.records import EmbeddedText, Rejected
 from asyncembed.sinks.codec import encode_json
 from asyncembed.sinks.digests import DigestSet
-from asyncembed.sinks.entries import completed_line, failed_line, key_line
+from asyncembed.sinks.entries import completed_line, failed_line
 from asyncembed.sinks.flushing import flush_folder
 from asyncembed.sinks.folder import (
     StorePaths,
@@ -209,8 +209,7 @@ class FolderWriter:
         batch = _Batch()
         with RecordFiles(self.paths.data, durable=self._durable) as files:
             self._save(records, batch, files)
-        new_keys = self._keys.new(batch.other_keys, batch.own_keys)
-        batch.lines.extend(key_line(identity, key) for identity, key in new_keys)
+        batch.lines += self._keys.lines(batch.other_keys, batch.own_keys, is_first_run=not self.done)
         if batch.lines:
             self._journal.start(self.header)
             self._journal.append(b"".join(batch.lines))
