@@ -61,9 +61,10 @@ def advice(summary: Summary) -> Iterator[str]:
             f"{plural(summary.dropped_tokens, 'token')} of long texts were cut off; "
             "--long-texts average (into another folder) embeds them"
         )
-    if summary.unknown_tokens > max(FEW_TOKENS, MANY_UNKNOWN * summary.tokens):
+    # Those of texts that failed are counted as unknown, and not among the tokens.
+    if summary.chunks and summary.unknown_tokens > max(FEW_TOKENS, MANY_UNKNOWN * summary.tokens):
         yield (
-            f"{summary.unknown_tokens:,} of {plural(summary.tokens, 'token')} are unknown to the model: "
+            f"{plural(summary.unknown_tokens, 'token')} unknown to the model, beside {summary.tokens:,} embedded: "
             "it is probably not made for these texts"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from asyncembed.cli.console import Console
 from asyncembed.cli.exits import Exit
@@ -53,8 +54,8 @@ class Run:
         except Exception as error:
             summary = self._stream.summary
             self._report(summary, error)
-            if summary.embedded and summary.save_path is not None:
-                self._console.say(f"{plural(summary.embedded, 'text')} embedded before that are saved")
+            if summary.embedded and summary.save_path is not None and os.path.isdir(summary.save_path):
+                self._console.say(f"saved before that: {plural(summary.embedded, 'text')}")
             raise
         self._report(summary, None)
         code = Exit.DONE if is_complete(summary) else Exit.INCOMPLETE

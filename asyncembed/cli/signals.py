@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import asyncio  # takes long enough to load for a Ctrl-C to meet it
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 CTRL_C = "Ctrl-C"

@@ -127,6 +127,7 @@ def test_a_folder_removed_in_the_middle_exits_3_and_the_same_command_starts_anew
         _, errors = process.communicate("".join(texts[20:]))
     assert process.returncode == 3
     assert "the folder was moved or removed; put it back, or run the same command again" in errors
+    assert "saved before that" not in errors
     done = run("-", folder=tmp_path, stdin="".join(texts))
     assert done.returncode == 0, done.stderr
     assert len(list(open_embeddings(tmp_path / "data"))) == 40

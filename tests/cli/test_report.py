@@ -86,9 +86,10 @@ def test_advice_says_what_to_do_about_failures() -> None:
 def test_advice_warns_of_what_was_cut_off_and_of_many_unknown_tokens() -> None:
     [cut] = advice(Summary(texts=1, embedded=1, tokens=256, dropped_tokens=1000))
     assert "1,000 tokens of long texts were cut off" in cut
-    [unknown] = advice(Summary(texts=9, embedded=9, tokens=1000, unknown_tokens=100))
-    assert "100 of 1,000 tokens are unknown to the model" in unknown
-    assert list(advice(Summary(texts=9, embedded=9, tokens=10_000, unknown_tokens=100))) == []
+    [unknown] = advice(Summary(texts=9, embedded=9, chunks=9, tokens=1000, unknown_tokens=100))
+    assert "100 tokens unknown to the model, beside 1,000 embedded" in unknown
+    assert list(advice(Summary(texts=9, embedded=9, chunks=9, tokens=10_000, unknown_tokens=100))) == []
+    assert list(advice(Summary(texts=9, cached=9, unknown_tokens=100))) == []  # of a text that failed again
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_a_bad_row_in_the_middle_exits_2_and_keeps_what_came_before(tmp_path: Pa
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert last.startswith("asyncembed: error: a.txt:3: ")
-    assert "2 texts embedded before that are saved" in done.stderr
+    assert "saved before that: 2 texts" in done.stderr
     assert the_object(done.stdout)["error"] in last
     assert len(open_embeddings(tmp_path / "data")) == 2
 
