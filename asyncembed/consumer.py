@@ -28,6 +28,9 @@ BROKEN_AFTER = 16
 FULL = 0.9
 """A prepared batch this full of useful tokens is not chosen anew when more chunks arrive."""
 
+FULL_IF_SMALL = 0.5
+"""The same of one that was cut for less than the limit: of rows alike in length one more would not fit."""
+
 
 class LimitEstimator(Protocol):
     """What the consumer asks of a `TokenLimitEstimator` or its replacement."""
@@ -226,9 +229,9 @@ class Consumer:
         """The batch without chunks that nobody waits for any more; None if none is left. The probe is always wanted."""
         if batch is self._probe or all(map(self._is_wanted, batch.chunks)):
             return batch
-        wanted = tuple(filter(self._is_wanted, batch.chunks))
+        wanted = set(filter(self._is_wanted, batch.chunks))
         self._second_chance.difference_update(set(batch.chunks).difference(wanted))
-        return Batch(wanted, batch.born) if wanted else None
+        return batch.part([row for row, chunk in enumerate(batch.chunks) if chunk in wanted]) if wanted else None
 
     def _is_urgent_beside(self, batch: Batch) -> bool:
         """Whether something waits that is more urgent than all in the batch."""
@@ -255,7 +258,8 @@ class Consumer:
             self.statistics.row_tokens += batch.row_tokens
             self.statistics.padded_tokens += n_padded
             self._failed_in_a_row, self._passed = 0, batch.chunks[0]
-            self._estimator.succeed(n_padded, outcome.seconds)
+            # A small batch is no sample of the speed of the size in use.
+            self._estimator.succeed(n_padded, None if batch.is_small else outcome.seconds)
             if self._second_chance:
                 self._second_chance.difference_update(batch.chunks)
             self._on_embedded(batch, outcome.vectors)
@@ -325,7 +329,8 @@ class Consumer:
 
     def _is_full(self, batch: Batch) -> bool:
         rows_are_full = self._max_rows is not None and len(batch.chunks) >= self._max_rows
-        return rows_are_full or batch.row_tokens >= FULL * current_limit(self._estimator)
+        part = FULL_IF_SMALL if batch.is_small else FULL
+        return rows_are_full or batch.row_tokens >= part * (batch.limit or current_limit(self._estimator))
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:

@@ -33,7 +33,7 @@ FORCED_EVERY = 4
 window that has grown old in a flood of urgent chunks must not hold these up by its whole depth in turn."""
 
 BESIDE = 64
-"""For so many batches after one for somebody who waits the others are half as large: the next caller then waits half as
+"""For so many choices after one for somebody who waits the others are half as large: the next caller then waits half as
 long for them, at 2 to 10 % of the device's speed."""
 
 _HASTENED = -(1 << 62)
@@ -82,6 +82,7 @@ class ChunkHeap:
         self._served: dict[int, int] = {}
         self._forced_at = -FORCED_EVERY
         self._prompt_at = -BESIDE - 1
+        self._last: tuple[Batch | None, int, dict[int, int]] = (None, self._forced_at, self._served)
         self._draining: set[int] = set()
 
     def __len__(self) -> int:
@@ -110,15 +111,25 @@ class ChunkHeap:
 
     def push(self, chunks: Iterable[Chunk]) -> None:
         """Let chunks wait. Order among equals of length is kept."""
-        self._push(chunks, self._clock)
+        for chunk in chunks:
+            self._add(chunk, self._clock, next(self._tickets))
 
     def drain(self, lane: int = 0) -> None:
         """No more chunks of the lane will come: from here on it matters what its batches leave behind."""
         self._draining.add(lane)
 
     def put_back(self, batch: Batch) -> None:
-        """Let the chunks of a batch that did not run wait again, as old as they were."""
-        self._push(batch.chunks, batch.born)
+        """Let the chunks of a batch that did not run wait again, as old as they were.
+
+        If it is the one that was taken last, nobody's turn was used up by it.
+        """
+        if batch is self._last[0]:
+            _, self._forced_at, self._served = self._last
+            self._last = (None, self._forced_at, self._served)
+        if not batch.waited:
+            self.push(batch.chunks)
+        for chunk, (born, ticket) in zip(batch.chunks, batch.waited, strict=False):
+            self._add(chunk, born, ticket)
 
     def take(
         self, limit: int, max_rows: int | None = None, held: Collection[int] = (), *, share: int | None = None
@@ -137,9 +148,11 @@ class ChunkHeap:
         rows = max(1, max_rows) if max_rows is not None else len(self._chunks)
         for place in places:
             self._windows[place].sort()
+        forced_at, served = self._forced_at, dict(self._served)
         chosen, forced = self._most_urgent(places)
         window = self._windows[chosen]
         run: Rows
+        full = limit
         if chosen.priority < self.prompt_below:
             run, limit = prompt_run(window, limit, rows, share)
             self._prompt_at = self._clock
@@ -149,8 +162,8 @@ class ChunkHeap:
             limit = min(limit, share) if share is not None else limit
             run = slice(*self._choose(chosen.lane, window, limit, rows, forced))
         longest = int(window.lengths[run][-1])
-        tickets, born = window.cut(run)
-        taken, n_own = list(tickets), len(tickets)
+        taken = window.cut(run)
+        n_own = len(taken)
         for other in places:
             room = min(rows, limit // longest) - len(taken)
             if other.priority > chosen.priority:
@@ -160,13 +173,14 @@ class ChunkHeap:
             filling = self._windows[other]
             end = int(np.searchsorted(filling.lengths, longest, side="right"))
             if end:
-                tickets, oldest = filling.cut(slice(max(0, end - room), end))
-                taken += list(tickets)
-                born = min(born, oldest)
+                taken += filling.cut(slice(max(0, end - room), end))
         self._clock += 1
         self._served[chosen.lane] = self._clock
         self._drop_empty()
-        return Batch(tuple(self._pop(int(ticket)) for ticket in taken), born)
+        popped = tuple(self._pop(ticket) for _, ticket in taken)
+        batch = Batch(popped, tuple(taken), limit, is_small=limit < full)
+        self._last = (batch, forced_at, served)
+        return batch
 
     def hasten(self, owner: int) -> bool:
         """Make the chunks of a text the oldest of all, so that the next batch takes them. False if it has none here."""
@@ -213,14 +227,12 @@ class ChunkHeap:
             return last_run(window.lengths, limit, rows)
         return best_run(window.lengths, limit, rows, forced)
 
-    def _push(self, chunks: Iterable[Chunk], born: int) -> None:
-        for chunk in chunks:
-            ticket = next(self._tickets)
-            lane = lane_of(chunk.owner)
-            self._chunks[ticket] = chunk
-            self._n_tokens[lane] = self._n_tokens.get(lane, 0) + chunk.length
-            window = self._windows.setdefault(_Place(chunk.priority, lane), Window())
-            window.add(chunk.length, born, chunk.owner, ticket)
+    def _add(self, chunk: Chunk, born: int, ticket: int) -> None:
+        lane = lane_of(chunk.owner)
+        self._chunks[ticket] = chunk
+        self._n_tokens[lane] = self._n_tokens.get(lane, 0) + chunk.length
+        window = self._windows.setdefault(_Place(chunk.priority, lane), Window())
+        window.add(chunk.length, born, chunk.owner, ticket)
 
     def _pop(self, ticket: int) -> Chunk:
         chunk = self._chunks.pop(ticket)

@@ -29,8 +29,9 @@ WINDOW_CHUNKS = 20_000
 """Most chunks in the window, so that a choice stays under a millisecond."""
 
 CALL_TEXTS = 256
-CALL_CHARS = 1 << 18
-"""Most texts and characters of one call of the tokenizer: what is more urgent goes between two calls."""
+CALL_CHARS = 1 << 15
+"""Most texts and characters of one call of the tokenizer, some 25 ms of work: what is more urgent goes between two
+calls."""
 
 INTERACTIVE = 0
 BULK = 10

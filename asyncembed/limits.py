@@ -11,6 +11,10 @@ DEFAULT_INITIAL_LIMIT = 2048
 SUCCESSES_TO_RISE = 8
 SUCCESSES_TO_FORGET = 512
 
+SMALLEST_PART = 8
+"""A batch says something about the limit if it is at least one in so many of it: while callers wait, batches are a
+quarter of the limit, and it must find its way back all the same."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearntLimit:
@@ -133,7 +137,7 @@ class TokenLimitEstimator:
         if seconds is not None and not self._tuner.is_settled:
             self._tuner.add(n_tokens, seconds)
             self._limit = min(self._tuner.size, self._ceiling())
-        if 2 * n_tokens < self._limit:
+        if SMALLEST_PART * n_tokens < self._limit:
             return  # says nothing about the limit
         self._streak += 1
         if self._failed_at is not None and self._streak >= SUCCESSES_TO_FORGET:
@@ -190,7 +194,7 @@ def initial_limit(device: str, slots: int = 1) -> int:
     """
     if not device.startswith("cpu"):
         return 16_384
-    return 1024 if slots == 1 else 512
+    return 1024 if slots <= 2 else 512  # of several slots one waits behind the others
 
 
 def estimator_for(
@@ -205,7 +209,7 @@ def estimator_for(
         slots: Batches that the model has under way at once.
     """
     start = token_limit if token_limit is not None else initial_limit(device, slots)
-    # On a CPU more is never faster, and 8,192 tokens of a small model take a quarter of a gigabyte.
+    # On a CPU more was never seen to be faster, and 8,192 tokens of a small model take a quarter of a gigabyte.
     largest = 4096 if device.startswith("cpu") else 16 * initial_limit(device)
     return TokenLimitEstimator(
         start,

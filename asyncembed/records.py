@@ -189,11 +189,16 @@ class Batch:
 
     Attributes:
         chunks: The rows.
-        born: Age stamp of the oldest of them, kept when they go back into the heap.
+        waited: For each row when it came into the heap and its place among all that came, which it keeps when it goes
+            back; empty if the rows come from elsewhere.
+        limit: The padded tokens that it was cut for; 0 if it was not cut.
+        is_small: It was cut for less than the limit of the time, and says nothing about that.
     """
 
     chunks: tuple[Chunk, ...]
-    born: int = 0
+    waited: tuple[tuple[int, int], ...] = ()
+    limit: int = 0
+    is_small: bool = False
 
     @property
     def longest(self) -> int:
@@ -215,4 +220,9 @@ class Batch:
         middle = len(self.chunks) // 2
         if middle == 0:
             raise AssertionError("a batch of one chunk has no halves: this is a bug")
-        return Batch(self.chunks[:middle], self.born), Batch(self.chunks[middle:], self.born)
+        return self.part(range(middle)), self.part(range(middle, len(self.chunks)))
+
+    def part(self, rows: Sequence[int]) -> Batch:
+        """Some of the rows, in a batch that is small."""
+        waited = tuple(self.waited[row] for row in rows) if self.waited else ()
+        return Batch(tuple(self.chunks[row] for row in rows), waited, self.limit, is_small=True)

@@ -120,12 +120,15 @@ class SpeedTuner:
         return None
 
     def _collect(self, size: int | None, n_tokens: int, seconds: float) -> None:
+        if size is None:
+            self._open = (None, [])
+            return
         same, batches = self._open
         if same != size:
             batches = []
         batches.append((n_tokens, seconds))
         self._open = (size, batches)
-        if size is None or len(batches) < self._turn:
+        if len(batches) < self._turn:
             return
         self._open = (None, [])
         batches = batches[self._n_skipped :]

@@ -1,4 +1,4 @@
-"""Rows that wait, sorted by length, and the choice of a run of them: pure, arithmetic alone.
+"""Rows that wait, sorted by length, and the choice of a run of them: arithmetic alone.
 
 A run is rows of nearly one length, so little padding. Which one is best depends on what follows: more rows, none, or
 an answer that somebody waits for.
@@ -30,7 +30,14 @@ Rows = slice | Int64s
 
 
 class Window:
-    """The waiting chunks of one place, as columns sorted by length."""
+    """The waiting chunks of one place, as columns sorted by length.
+
+    Attributes:
+        lengths: Tokens of each, prompt and special tokens included.
+        born: When each came, by the heap's count of batches.
+        owners: The text of each.
+        tickets: The place of each among all that came.
+    """
 
     def __init__(self) -> None:
         self.lengths: Int64s = np.empty(0, np.int64)
@@ -43,6 +50,7 @@ class Window:
         return len(self.lengths) + len(self._fresh)
 
     def add(self, length: int, born: int, owner: int, ticket: int) -> None:
+        """Let a row wait; `sort` brings it into its place."""
         self._fresh.append((length, born, owner, ticket))
 
     def sort(self) -> None:
@@ -59,22 +67,29 @@ class Window:
         self.tickets = np.insert(self.tickets, at, fresh[:, 3])
 
     def keep(self, kept: npt.NDArray[np.bool_] | slice) -> None:
+        """Drop all other rows."""
         self.lengths, self.born = self.lengths[kept], self.born[kept]
         self.owners, self.tickets = self.owners[kept], self.tickets[kept]
 
-    def cut(self, rows: Rows) -> tuple[Int64s, int]:
-        """Take rows out: their tickets and the oldest stamp among them."""
-        tickets, oldest = self.tickets[rows], int(self.born[rows].min())
+    def cut(self, rows: Rows) -> list[tuple[int, int]]:
+        """Take rows out: when each came, and its ticket."""
+        taken = list(zip(self.born[rows].tolist(), self.tickets[rows].tolist(), strict=True))
         kept = np.ones(len(self.lengths), np.bool_)
         kept[rows] = False
         self.keep(kept)
-        return tickets, oldest
+        return taken
 
-    def oldest(self, n_tokens: int) -> Int64s:
-        """The rows that waited longest, at least so many tokens of them if there are, in the window's order."""
-        by_age = np.lexsort((self.tickets, self.born))
+    def oldest(self, n_tokens: int) -> tuple[Int64s, int]:
+        """The rows that came first, at least so many tokens of them if there are, in the window's order.
+
+        Returns:
+            Their positions, and which of these is the oldest row's. A hastened row is older than all others.
+        """
+        came = np.where(self.born < 0, self.born, self.tickets)
+        by_age = np.argsort(came, kind="stable")
         enough = int(np.searchsorted(np.cumsum(self.lengths[by_age]), n_tokens)) + 1
-        return np.sort(by_age[:enough])
+        rows = np.sort(by_age[:enough])
+        return rows, int(np.searchsorted(rows, by_age[0]))
 
 
 def best_run(lengths: Int64s, limit: int, max_rows: int, forced: int | None = None) -> tuple[int, int]:
@@ -135,7 +150,6 @@ def prompt_run(window: Window, limit: int, max_rows: int, share: int | None = No
     """
     limit = max(limit // PROMPT_LEAST, min(limit, int(window.lengths.sum()) // PROMPT_PART), 1)
     limit = min(limit, share) if share is not None else limit
-    candidates = window.oldest(PROMPT_WINDOW * limit)
-    oldest = np.lexsort((window.tickets[candidates], window.born[candidates]))[0]
-    start, stop = best_run(window.lengths[candidates], limit, max_rows, int(oldest))
+    candidates, oldest = window.oldest(PROMPT_WINDOW * limit)
+    start, stop = best_run(window.lengths[candidates], limit, max_rows, oldest)
     return candidates[start:stop], limit

@@ -13,7 +13,7 @@ def kind_of(value: object) -> str:
     name = type(value).__name__
     if value is None or name == "bytes":
         return "None" if value is None else name
-    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
+    return f"{'an' if name[:1].lower() in tuple('aeio') else 'a'} {name}"
 
 
 def why_no_text(place: str, value: object) -> str:

@@ -299,7 +299,7 @@ class AsyncEmbedder(EmbedderLife):
         chosen, number = check_texts(texts), priority_of(priority)
         check_deadline(deadline_s)
         if self._loop is not None and asyncio.get_running_loop() is not self._loop:
-            call = partial(self._answer, texts, prompt, priority, deadline_s, shape)
+            call = partial(self._answer, chosen, prompt, priority, deadline_s, shape)
             return await asyncio.wrap_future(self._hand_over(call))
         if deadline_s is None:
             return await self._answer_here(chosen, prompt, number, shape)

@@ -68,8 +68,7 @@ class Encoder(Protocol):
     """A model: rows of token ids in, vectors out.
 
     `start` and `finish` are only ever called from one thread; `tokenizer`, `fingerprint` and `made_with` may be called
-    from another meanwhile. A failure of either is an exception; out of memory
-    is told by `failures.classify`.
+    from another meanwhile. A failure of any is an exception; out of memory is told by `failures.classify`.
 
     Attributes:
         name: For a person.

@@ -44,9 +44,9 @@ def drain(heap: ChunkHeap, limit: int, max_rows: int | None = None) -> list[Batc
 class HeapAgainstDict(RuleBasedStateMachine):
     """Whatever is done with the heap, it holds what a dictionary would."""
 
-    @initialize(max_age=st.integers(1, 5))
-    def begin(self, max_age: int) -> None:
-        self.heap = ChunkHeap(max_age)
+    @initialize(max_age=st.integers(1, 5), prompt_below=st.sampled_from([0, 2]))
+    def begin(self, max_age: int, prompt_below: int) -> None:
+        self.heap = ChunkHeap(max_age, prompt_below=prompt_below)
         self.waiting: dict[int, Chunk] = {}
         self.out: list[Batch] = []
 
@@ -56,14 +56,14 @@ class HeapAgainstDict(RuleBasedStateMachine):
         self.heap.push(pushed)
         self.waiting.update({id(item): item for item in pushed})
 
-    @rule(limit=_limits, max_rows=_rows)
-    def take(self, limit: int, max_rows: int | None) -> None:
-        batch = self.heap.take(limit, max_rows)
+    @rule(limit=_limits, max_rows=_rows, share=st.none() | st.integers(1, 500))
+    def take(self, limit: int, max_rows: int | None, share: int | None) -> None:
+        batch = self.heap.take(limit, max_rows, share=share)
         if not self.waiting:
             assert batch is None
             return
         assert batch is not None
-        check_size(batch, limit, max_rows)
+        check_size(batch, limit if share is None else min(limit, share), max_rows)
         for item in batch.chunks:
             assert self.waiting.pop(id(item)) is item
         self.out.append(batch)
@@ -238,6 +238,34 @@ def test_put_back_chunk_keeps_its_age() -> None:
     batch = heap.take(40)
     assert batch is not None
     assert old in batch.chunks
+
+
+def test_put_back_rows_keep_their_own_ages() -> None:
+    heap = ChunkHeap(prompt_below=10)
+    heap.push([chunk(10, owner=1)])
+    heap.push([chunk(30, owner=2)])
+    heap.push([chunk(10, owner=3)])
+    batch = heap.take(80)
+    assert batch is not None
+    assert [item.owner for item in batch.chunks] == [1, 3]  # alike in length
+    heap.put_back(batch)
+    singles = [heap.take(30, max_rows=1) for _ in range(3)]
+    assert [item.owner for single in singles if single for item in single.chunks] == [1, 2, 3]
+
+
+def test_put_back_last_batch_gives_the_forced_turn_back() -> None:
+    heap = ChunkHeap(max_age=2)
+    heap.push([chunk(90, owner=99, priority=10)])
+    for owner in range(200):
+        heap.push([chunk(10, owner=owner)])
+        batch = heap.take(100)
+        assert batch is not None
+        if owner < 150:
+            heap.put_back(batch)  # something urgent always comes before it has begun
+        elif any(item.owner == 99 for item in batch.chunks):
+            break
+    else:
+        raise AssertionError("it never had its turn")
 
 
 # --- priorities ---

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from asyncembed.limits import (
     DEFAULT_INITIAL_LIMIT,
+    SMALLEST_PART,
     SUCCESSES_TO_FORGET,
     SUCCESSES_TO_RISE,
     LearntLimit,
@@ -132,7 +133,7 @@ def test_estimator_small_batches_say_nothing_about_the_limit() -> None:
     estimator = TokenLimitEstimator(1000)
     estimator.fail(1000)
     for _ in range(10 * SUCCESSES_TO_FORGET):
-        estimator.succeed(estimator() // 2 - 1)
+        estimator.succeed(estimator() // SMALLEST_PART - 1)
     assert estimator() == 500
     assert estimator.failed_at == 1000
 

@@ -172,6 +172,7 @@ def test_tuner_counts_neither_first_batches_nor_small_ones() -> None:
     for _ in range(50):
         tuner.add(100, 1.0)
     assert not tuner.has_measured
+    assert tuner._open == (None, [])  # an app may make small batches for ever
     for _ in range(2):
         tuner.add(1024, 1000.0)
     assert tuner.size == 1024

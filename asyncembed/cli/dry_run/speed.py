@@ -67,7 +67,7 @@ class Rehearsal:
 
     def __init__(self, encoder: Encoder, options: EmbedOptions) -> None:
         self._runner = ModelRunner(encoder)
-        self._limit = options.token_limit or initial_limit(encoder.device)
+        self._limit = options.token_limit or initial_limit(encoder.device, encoder.slots)
         self._max_rows = options.batch_size
 
     def vectors(self, chunks: Sequence[Chunk]) -> list[FloatVector]:
