@@ -14,7 +14,7 @@ from asyncembed.assembly import Assembler
 from asyncembed.consumer import Consumer, ConsumerStatistics, LimitEstimator, current_limit
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.heap import ChunkHeap, HeapStatistics
-from asyncembed.lane import BULK, ChunkTexts, Lane
+from asyncembed.lane import BULK, ChunkLongText, ChunkTexts, Lane
 from asyncembed.options import EmbedOptions
 from asyncembed.records import Batch, Chunk, lane_of
 from asyncembed.threads import WorkerThread
@@ -72,7 +72,12 @@ class Engine:
         )
 
     def open_lane(
-        self, chunk: ChunkTexts, assembler: Assembler, *, may_compute: Callable[[], bool] = lambda: True
+        self,
+        chunk: ChunkTexts,
+        assembler: Assembler,
+        *,
+        may_compute: Callable[[], bool] = lambda: True,
+        chunk_long: ChunkLongText | None = None,
     ) -> Lane:
         """A way in for one user of the engine, who has to `run` it.
 
@@ -80,6 +85,7 @@ class Engine:
             chunk: Texts into chunks; called in a thread of the lane's own.
             assembler: Puts vectors together.
             may_compute: Asked before each batch; False holds back what came by this lane.
+            chunk_long: The same for one long text, called in another thread, so that nobody waits for it.
         """
         number = next(self._numbers)
         self._lanes[number] = lane = Lane(
@@ -91,6 +97,7 @@ class Engine:
             assembler,
             may_compute=may_compute,
             on_ended=self._forget,
+            chunk_long=chunk_long,
         )
         if self._ended is not None:
             lane.fail(self._ended)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
-from typing import NamedTuple
+
+import anyio
 
 from asyncembed.assembly import Assembled, Assembler
 from asyncembed.backing_off import chunk_backing_off
@@ -19,7 +21,8 @@ from asyncembed.consumer import Consumer, LimitEstimator, current_limit
 from asyncembed.encoders.base import FloatMatrix
 from asyncembed.errors import ClosedError
 from asyncembed.heap import ChunkHeap
-from asyncembed.records import OWNERS_PER_LANE, AnyText, Chunk, lane_of
+from asyncembed.intake import Intake, Submission
+from asyncembed.records import OWNERS_PER_LANE, Chunk, lane_of
 from asyncembed.threads import WorkerThread
 
 WINDOW_BATCHES = 32
@@ -37,28 +40,10 @@ INTERACTIVE = 0
 BULK = 10
 """Classes of urgency: somebody waits for it, or a job that is in no hurry."""
 
-Sink = Callable[[Assembled], None]
-
-
-class Submission(NamedTuple):
-    """A text for the engine.
-
-    Attributes:
-        owner: Its number, from `Lane.new_owner`.
-        text: The text, or its token ids where the lane chunks those.
-        sink: Called on the event loop with what became of it.
-        priority: Class of urgency; lower is sooner.
-        prompt: Put before every chunk, where the lane chunks by prompt.
-    """
-
-    owner: int
-    text: AnyText
-    sink: Sink
-    priority: int = 0
-    prompt: str = ""
-
-
 ChunkTexts = Callable[[Sequence[Submission]], Sequence[ChunkedText]]
+
+ChunkLongText = Callable[[Submission, Callable[[], bool]], ChunkedText]
+"""One text into chunks, and whether somebody still waits for it, to be asked now and then."""
 
 
 @dataclass(slots=True)
@@ -83,6 +68,8 @@ class Lane:
         consumer: What takes them from there.
         estimator: The limit of a batch.
         chunk: Texts into chunks, called in a thread of the lane's own.
+        chunk_long: The same for a text that is longer than a call may be, called in a thread of its own, so that
+            nobody waits for it; None leaves these to `chunk`.
         assembler: Puts vectors together.
         may_compute: Asked before each batch; False holds this lane's chunks back until `resume`.
         on_ended: Called when `run` has ended.
@@ -99,6 +86,7 @@ class Lane:
         *,
         may_compute: Callable[[], bool],
         on_ended: Callable[[Lane], None],
+        chunk_long: ChunkLongText | None = None,
     ) -> None:
         self.number = number
         self.may_compute = may_compute
@@ -111,9 +99,11 @@ class Lane:
         self._owners = count(number * OWNERS_PER_LANE)
         self._assembler = assembler
         self._thread = WorkerThread("asyncembed-tokenizer")
-        self._intake: dict[int, dict[int, Submission]] = {}
+        self._chunk_long = chunk_long
+        self._long_thread = WorkerThread("asyncembed-long-texts")
+        self._intake, self._long_intake = Intake(), Intake()
         self._open: dict[int, Submission] = {}
-        self._changed = asyncio.Event()
+        self._changed, self._long_changed = asyncio.Event(), asyncio.Event()
         self._room = asyncio.Event()
         self._error: Exception | None = None
         self._closed = False
@@ -154,8 +144,9 @@ class Lane:
             raise ClosedError("the engine takes no more texts: it has ended")
         for item in submissions:
             self._open[item.owner] = item
-            self._intake.setdefault(item.priority, {})[item.owner] = item
+            self._intake_of(item).add(item)
         self._changed.set()
+        self._long_changed.set()
 
     def close(self) -> None:
         """No more texts will come: `run` ends when all were given to their sinks. Idempotent."""
@@ -166,6 +157,7 @@ class Lane:
         """Finish the batch in hand and end `run`; texts that are not done then never reach their sinks."""
         self._closed = self._stopped = True
         self._intake.clear()
+        self._long_intake.clear()
         self._heap.discard_lane(self.number)
         self._consumer.drop_unwanted()
         self._wake()
@@ -186,8 +178,8 @@ class Lane:
         if item is None or item.priority <= priority:
             return
         moved = self._open[owner] = item._replace(priority=priority)
-        if self._leave_intake(item):
-            self._intake.setdefault(priority, {})[owner] = moved
+        if self._intake_of(item).leave(item):
+            self._intake_of(item).add(moved)
         elif self._heap.reprioritise(owner, priority):
             self._consumer.notify()
 
@@ -196,7 +188,7 @@ class Lane:
         chunked: list[int] = []
         for owner in owners:
             item = self._open.pop(owner, None)
-            if item is not None and not self._leave_intake(item):
+            if item is not None and not self._intake_of(item).leave(item):
                 self._assembler.discard(owner)
                 chunked.append(owner)
         if chunked:  # once for all: each time costs a pass over the window
@@ -224,6 +216,31 @@ class Lane:
             Exception: What `fail` was given: the engine has ended.
         """
         try:
+            async with anyio.create_task_group() as group:
+                if self._chunk_long is not None:
+                    group.start_soon(self._chunk_long_texts, self._chunk_long)
+                await self._work()
+                group.cancel_scope.cancel()
+            if self._error is not None:
+                raise self._error
+        finally:
+            self._closed = True
+            self._open.clear()
+            self._intake.clear()
+            self._long_intake.clear()
+            self._assembler.clear()
+            self._heap.discard_lane(self.number)
+            self._consumer.drop_unwanted()
+            self._on_ended(self)
+            self._wake()
+            try:
+                await self._thread.aclose()
+            finally:
+                await self._long_thread.aclose()
+
+    async def _work(self) -> None:
+        """Chunk what comes until it is over; an error is left for `run`, not in a group of its own."""
+        try:
             while self._error is None:
                 if self._intake:
                     await self._chunk_some()
@@ -234,17 +251,8 @@ class Lane:
                     return
                 self._changed.clear()
                 await self._changed.wait()
-            raise self._error
-        finally:
-            self._closed = True
-            self._open.clear()
-            self._intake.clear()
-            self._assembler.clear()
-            self._heap.discard_lane(self.number)
-            self._consumer.drop_unwanted()
-            self._on_ended(self)
-            self._wake()
-            await self._thread.aclose()
+        except Exception as error:
+            self._error = error
 
     def embedded(self, chunks: Sequence[Chunk], vectors: FloatMatrix) -> None:
         """Vectors of this lane's chunks have come: shape `(len(chunks), dim)`."""
@@ -268,33 +276,30 @@ class Lane:
         n_chunks, n_tokens = self._heap.lane_statistics(self.number)
         return n_chunks >= WINDOW_CHUNKS or n_tokens >= window_tokens(self._estimator)
 
-    def _leave_intake(self, item: Submission) -> bool:
-        waiting = self._intake.get(item.priority, {})
-        was_there = waiting.pop(item.owner, None) is not None
-        if was_there and not waiting:
-            del self._intake[item.priority]
-        return was_there
-
-    def _next_call(self) -> list[Submission]:
-        """The most urgent texts that wait, in the order they came, no more than one short call takes."""
-        taken: list[Submission] = []
-        n_chars = 0
-        for priority in sorted(self._intake):
-            for item in self._intake[priority].values():
-                if taken and (len(taken) >= CALL_TEXTS or n_chars + len(item.text) > CALL_CHARS):
-                    break
-                taken.append(item)
-                n_chars += len(item.text)
-            else:
-                continue
-            break
-        for item in taken:
-            self._leave_intake(item)
-        return taken
+    def _intake_of(self, item: Submission) -> Intake:
+        is_long = self._chunk_long is not None and isinstance(item.text, str) and len(item.text) > CALL_CHARS
+        return self._long_intake if is_long else self._intake
 
     async def _chunk_some(self) -> None:
-        submissions = self._next_call()
-        results = await self._thread.run(chunk_backing_off, self._chunk, submissions)
+        submissions = self._intake.take(CALL_TEXTS, CALL_CHARS)
+        self._take_in(submissions, await self._thread.run(chunk_backing_off, self._chunk, submissions))
+
+    async def _chunk_long_texts(self, chunk: ChunkLongText) -> None:
+        """Chunk long texts, one after the other, beside all others."""
+
+        def chunk_one(items: Sequence[Submission]) -> list[ChunkedText]:
+            return [chunk(item, partial(self.is_wanted, item.owner)) for item in items]
+
+        try:
+            while True:
+                self._long_changed.clear()
+                while taken := self._long_intake.take(1, 0):
+                    self._take_in(taken, await self._long_thread.run(chunk_backing_off, chunk_one, taken))
+                await self._long_changed.wait()
+        except Exception as error:
+            self.fail(error)
+
+    def _take_in(self, submissions: Sequence[Submission], results: Sequence[ChunkedText]) -> None:
         for item, result in zip(submissions, results, strict=True):
             current = self._open.get(item.owner)
             if current is None or self._stopped:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from asyncembed.chunking import ChunkedText, Chunker
 from asyncembed.embedder.given_ids import IdChunker
-from asyncembed.encoders import Encoder, Tokenizer
-from asyncembed.errors import OptionsError
-from asyncembed.lane import Submission
+from asyncembed.encoders import Encoder, Tokenized, Tokenizer
+from asyncembed.errors import ClosedError, OptionsError
+from asyncembed.intake import Submission
 from asyncembed.options import EmbedOptions
 
 KEPT_CHUNKERS = 32
@@ -80,3 +80,51 @@ class PromptChunkers:
                 self._chunkers.popitem(last=False)
         self._chunkers.move_to_end(prompt)
         return chunker
+
+
+class LongTextChunkers:
+    """Turns one long text at a time into chunks, with a tokenizer of its own; gives up when nobody waits for it.
+
+    Used by one thread. A text is looked at in sections of some 65,000 characters: between two of these it gives up.
+    """
+
+    def __init__(self, encoder: Encoder, options: EmbedOptions) -> None:
+        self._encoder = encoder
+        self._options = options
+        self._chunkers: PromptChunkers | None = None
+        self._tokenizer: _Abandonable | None = None
+
+    def __call__(self, item: Submission, is_wanted: Callable[[], bool]) -> ChunkedText:
+        """Chunks of the text; of one that is given up no more than an error, which nobody is told."""
+        if self._chunkers is None or self._tokenizer is None:
+            self._tokenizer = _Abandonable(self._encoder.tokenizer())
+            self._chunkers = PromptChunkers(self._encoder, self._options, self._tokenizer)
+        self._tokenizer.is_wanted = is_wanted
+        try:
+            return self._chunkers([item])[0]
+        finally:
+            self._tokenizer.is_wanted = _always
+
+
+class _Abandonable:
+    """A tokenizer that refuses to go on when nobody waits for what it does."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.is_wanted: Callable[[], bool] = _always
+
+    def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
+        self._check()
+        return self._tokenizer.tokenize(texts)
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        self._check()
+        return self._tokenizer.spans(text)
+
+    def _check(self) -> None:
+        if not self.is_wanted():
+            raise ClosedError("nobody waits for this text any more")
+
+
+def _always() -> bool:
+    return True

@@ -14,7 +14,8 @@ from asyncembed.assembly import Assembled
 from asyncembed.embedder.cache import Answer, AnswerCache, Key
 from asyncembed.encoders import FloatMatrix
 from asyncembed.errors import OverloadedError, TextError
-from asyncembed.lane import INTERACTIVE, Lane, Submission
+from asyncembed.intake import Submission
+from asyncembed.lane import INTERACTIVE, Lane
 from asyncembed.records import AnyText
 from asyncembed.wording import plural
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import anyio
 
 from asyncembed.assembly import Assembler
-from asyncembed.embedder.chunkers import PromptChunkers
+from asyncembed.embedder.chunkers import LongTextChunkers, PromptChunkers
 from asyncembed.embedder.desk import Desk
 from asyncembed.embedder.statistics import EmbedderStatistics, State
 from asyncembed.encoders import Encoder, load_encoder
@@ -166,7 +166,7 @@ class EmbedderLife:
             max_rows=options.batch_size,
         )
         assembler = Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim)
-        lane = engine.open_lane(chunkers, assembler)
+        lane = engine.open_lane(chunkers, assembler, chunk_long=LongTextChunkers(limits.encoder, options))
         self._desk = Desk(
             lane,
             limits.encoder.dim,

@@ -19,12 +19,13 @@ from asyncembed.consumer import ConsumerStatistics, LimitEstimator
 from asyncembed.encoders import Encoder
 from asyncembed.engine import Engine, EngineHost
 from asyncembed.errors import StoreError
+from asyncembed.intake import Submission
 from asyncembed.job.delivery import Delivery
 from asyncembed.job.intake import Intake
 from asyncembed.job.loading import load_all
 from asyncembed.job.lookup import Lookup
 from asyncembed.job.pending import Pending
-from asyncembed.lane import BULK, Lane, Submission
+from asyncembed.lane import BULK, Lane
 from asyncembed.memory import MemoryBudget, peak_rss_bytes
 from asyncembed.options import EmbedOptions
 from asyncembed.records import EmbeddedText, Rejected

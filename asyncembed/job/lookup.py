@@ -9,8 +9,9 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from asyncembed.assembly import Assembled
 from asyncembed.errors import ClosedError, CorruptRecordError
+from asyncembed.intake import Submission
 from asyncembed.job.pending import Pending
-from asyncembed.lane import Lane, Submission
+from asyncembed.lane import Lane
 from asyncembed.records import Rejected, text_id
 from asyncembed.sinks import JsonStore
 from asyncembed.threads import WorkerThread

@@ -29,6 +29,7 @@ ROOMS = [
     ["embedder"],
     ["engine"],
     ["lane"],
+    ["intake"],
     ["summary", "ordering", "progress"],
     ["sources", "sinks"],
     ["admission"],
