@@ -14,7 +14,7 @@ from asyncembed.sinks.folder import StorePaths, record_ids, storage_errors
 from asyncembed.sinks.header import Header
 from asyncembed.sinks.index import index_state, merged_entries
 from asyncembed.sinks.journal import journal_header
-from asyncembed.sinks.origin import is_of
+from asyncembed.sinks.origin import STRANGE, is_of
 from asyncembed.sinks.record_file import StoredText, read_record
 
 _UNTOLD = (
@@ -123,7 +123,7 @@ class FolderCheck:
         elif dim != told:
             return Fault(path, f"its vector has {dim} numbers, the folder's have {told}", True)
         if self._header is not None and not is_of(stored, self._header):
-            return Fault(path, "it was made with other weights or options than the rest of the folder", True)
+            return Fault(path, STRANGE, True)
         found = {"n_chunks": len(stored.chunks), "n_tokens": stored.n_tokens, "size": os.stat(path).st_size}
         for name, number in found.items():
             if entry.get(name, number) != number:

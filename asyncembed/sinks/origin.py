@@ -10,6 +10,7 @@ from asyncembed.sinks.header import Header
 from asyncembed.sinks.record_file import StoredText, read_record
 
 _log = logging.getLogger("asyncembed")
+STRANGE = "it was made with other weights or options than the rest of the folder"
 
 
 def is_of(stored: StoredText, header: Header) -> bool:

@@ -17,6 +17,7 @@ from asyncembed.sinks.folder import StorePaths, record_ids, storage_errors
 from asyncembed.sinks.header import Header
 from asyncembed.sinks.index import index_entries, index_state
 from asyncembed.sinks.journal import journal_header, journal_lines
+from asyncembed.sinks.origin import STRANGE
 from asyncembed.sinks.record_file import StoredText, read_record
 
 _Stamp = tuple[int, int, int]
@@ -37,7 +38,8 @@ class StoredEmbeddings:
     """A folder of embeddings, read as it is at each call: `len(s)`, `text in s`, `s[text]`, `for stored in s`.
 
     The per-text files say what is there; the index gives only keys, failures and what the folder was made with.
-    Every text is checked as it is read: the file is whole, its text is the one its name says, the vector is finite.
+    Every text is checked as it is read: the file is whole, its text is the one its name says, the vector is finite, and
+    it was made with the folder's weights and options.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -47,6 +49,7 @@ class StoredEmbeddings:
         if not os.path.isdir(self._paths.root):
             raise StoreError(f"{self._paths.root}: there is no such folder")
         self._header = self._read_header()
+        self._digest = None if self._header is None else self._header.digest()
         if self._header is None and not os.path.isdir(self._paths.data):
             raise StoreError(f"{self._paths.root}: holds no embeddings; a job writes them with save_path={str(path)!r}")
 
@@ -89,7 +92,7 @@ class StoredEmbeddings:
 
         Raises:
             KeyError: It is not there.
-            CorruptRecordError: Its file is damaged.
+            CorruptRecordError: Its file is damaged, or from a folder made with other weights or options.
         """
         return self._read(text_id(text), text)
 
@@ -208,9 +211,21 @@ class StoredEmbeddings:
         path = self._paths.record(identity)
         with storage_errors(path):
             try:
-                return read_record(identity, path)
+                stored = read_record(identity, path)
             except FileNotFoundError:
                 raise KeyError(name) from None
+        if not self._is_ours(stored):
+            advice = "asyncembed-store verify --remove-damaged removes it, and the next run makes it anew"
+            raise CorruptRecordError(f"{path}: {STRANGE}; {advice}", reason=STRANGE)
+        return stored
+
+    def _is_ours(self, stored: StoredText) -> bool:
+        """Whether a text was made as the folder says; a file of an older version may not say it, nor a lost index."""
+        if stored.fingerprint in (None, self._digest) or self._digest is None:
+            return True
+        self._header = self._read_header() or self._header  # an overwriting job may have begun the folder anew
+        self._digest = None if self._header is None else self._header.digest()
+        return stored.fingerprint == self._digest
 
     def _read_header(self) -> Header | None:
         with storage_errors(self._paths.root):

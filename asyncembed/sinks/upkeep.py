@@ -15,7 +15,7 @@ from asyncembed.sinks.header import Header
 from asyncembed.sinks.index import foreign_entries, index_state, merged_entries, write_index
 from asyncembed.sinks.journal import Journal, journal_header
 from asyncembed.sinks.lock import FolderLock
-from asyncembed.sinks.origin import is_of
+from asyncembed.sinks.origin import STRANGE, is_of
 from asyncembed.sinks.record_file import read_record
 from asyncembed.sinks.recovery import listed_ids, salvage_index
 
@@ -123,7 +123,7 @@ def _list_files(paths: StorePaths, header: Header, journal: Journal, whole: Dige
                     yield Fault(path, error.reason, True)
                     continue
                 if not is_of(stored, header):
-                    yield Fault(path, "it was made with other weights or options than the rest of the folder", True)
+                    yield Fault(path, STRANGE, True)
                     continue
                 lines.append(completed_line(identity, stored.n_tokens, len(stored.chunks), size, None))
                 good.append(identity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 
 from asyncembed.errors import CorruptRecordError, OptionsError, StoreError
@@ -56,6 +57,46 @@ async def test_stored_embeddings_damaged_file_is_corrupt(tmp_path: Path) -> None
     path.write_bytes(path.read_bytes().replace(b'"one"', b'"ONE"'))
     with pytest.raises(CorruptRecordError, match="not the one that its name says"):
         open_embeddings(tmp_path)["one"]
+
+
+async def _put_stranger(folder: Path, other: Path) -> Path:
+    """The file of "one" as a folder of other options has it, in the place of its own."""
+    async with opened(other, {**FINGERPRINT, "prompt": "query: "}) as store:
+        await store.commit([record("one")])
+    path = folder / "embeddings_data" / f"{text_id('one')}.json"
+    path.write_bytes((other / "embeddings_data" / path.name).read_bytes())
+    return path
+
+
+async def test_stored_embeddings_file_of_another_folder_is_refused_however_it_is_read(tmp_path: Path) -> None:
+    await _three(tmp_path / "a")
+    path = await _put_stranger(tmp_path / "a", tmp_path / "b")
+    stored = open_embeddings(tmp_path / "a")
+    for look in (lambda: stored["one"], lambda: stored.by_key("a"), stored.to_numpy, lambda: list(stored)):
+        with pytest.raises(CorruptRecordError, match=f"{path.name}: it was made with other .*verify --remove-damaged"):
+            look()
+    assert stored["two"].text == "two"
+
+
+async def test_stored_embeddings_file_that_does_not_say_what_made_it_is_read(tmp_path: Path) -> None:
+    await _three(tmp_path)
+    path = tmp_path / "embeddings_data" / f"{text_id('one')}.json"
+    fields = orjson.loads(path.read_bytes())
+    del fields["fingerprint"]
+    path.write_bytes(orjson.dumps(fields))
+    assert len(list(open_embeddings(tmp_path))) == 3
+
+
+async def test_stored_embeddings_opened_before_a_job_overwrites_reads_what_it_makes(tmp_path: Path) -> None:
+    await _three(tmp_path)
+    stored = open_embeddings(tmp_path)
+    store = JsonStore(tmp_path, overwrite=True)
+    await store.open()
+    await store.claim({**FINGERPRINT, "prompt": "query: "}, MADE_WITH)
+    await store.commit([record("one")])
+    assert stored["one"].text == "one"
+    assert stored.fingerprint == {**FINGERPRINT, "prompt": "query: "}
+    await store.aclose()
 
 
 async def test_stored_embeddings_while_a_job_writes_sees_what_is_saved(tmp_path: Path) -> None:
