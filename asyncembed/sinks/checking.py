@@ -10,7 +10,7 @@ from typing import Any
 from asyncembed.errors import CorruptRecordError
 from asyncembed.sinks.digests import DigestSet
 from asyncembed.sinks.entries import is_completed, parse
-from asyncembed.sinks.folder import StorePaths, record_ids, storage_errors
+from asyncembed.sinks.folder import StorePaths, is_folder, record_ids, storage_errors
 from asyncembed.sinks.header import Header
 from asyncembed.sinks.index import index_state, merged_entries
 from asyncembed.sinks.journal import journal_header
@@ -75,7 +75,7 @@ class FolderCheck:
                 if is_completed(body):
                     listed.add_many([identity.decode()])
                     yield from self._check(identity.decode(), parse(body))
-            for block in record_ids(self._paths):
+            for block in record_ids(self._paths, only_files=False):
                 known = listed.contains_many(block)
                 for name in (name for name, there in zip(block, known, strict=True) if not there):
                     self.n_unlisted += 1
@@ -96,7 +96,7 @@ class FolderCheck:
             return
         except CorruptRecordError as error:
             self.n_files += 1
-            yield Fault(path, error.reason, True)
+            yield Fault(path, error.reason, not is_folder(path))
             return
         self.n_files += 1
         fault = self._misfit(stored, entry or {}, path)

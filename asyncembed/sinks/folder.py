@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
@@ -35,6 +36,7 @@ _ADVICE = {
     errno.ENOTDIR: _NO_FOLDER,
     errno.EEXIST: _NO_FOLDER,
     errno.ENOENT: "the folder was moved or removed; put it back, or run the same command again",
+    errno.EISDIR: "move that folder away and run the same command again: what is saved stays",
     errno.EIO: "the disk reports a fault; check it, then run the same command again: what is saved stays",
 }
 
@@ -138,11 +140,51 @@ def write_whole(path: str, temporary: str, data: bytes) -> None:
             write_all(descriptor, data)
         finally:
             os.close(descriptor)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def put_in_place(temporary: str, path: str) -> None:
+    """Rename a written file to its own name. An empty folder of that name goes, as a link or a FIFO does.
+
+    Raises:
+        OSError: A folder that is not empty is in the way, and is named; or the disk does not take it.
+    """
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if not is_folder(path):
+            raise
+        try:
+            os.rmdir(path)
+        except OSError:
+            raise IsADirectoryError(
+                errno.EISDIR, "there is a folder with something in it in the place of this file", path
+            ) from None
+        os.replace(temporary, path)
+
+
+def is_folder(path: str) -> bool:
+    """Whether a path is a folder itself, and no link to one."""
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
+def in_the_way(path: str) -> str | None:
+    """What is at a path in the place of a file: "a folder", say; None if it is a file, a link to one, or nothing."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return None
+    if stat.S_ISLNK(mode):
+        return None if os.path.isfile(path) else "a link that leads to no file"
+    # 1. a file   2. what people put there   3. devices
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def write_record(data_folder: str, text_id: str, data: bytes) -> None:
@@ -181,7 +223,7 @@ def append_lines(path: str, lines: list[bytes]) -> None:
         os.close(descriptor)
 
 
-def record_ids(paths: StorePaths, *, clean: bool = False) -> Iterator[list[str]]:
+def record_ids(paths: StorePaths, *, clean: bool = False, only_files: bool = True) -> Iterator[list[str]]:
     """The ids of the per-text files in the folder, in blocks, in no order; nothing is opened.
 
     Files with other names are left alone.
@@ -189,6 +231,7 @@ def record_ids(paths: StorePaths, *, clean: bool = False) -> Iterator[list[str]]
     Args:
         paths: Where to look.
         clean: Remove the temporary files that a killed run left, and the empty ones that a power cut did.
+        only_files: Pass over what has the name of a per-text file and is none: a folder, a FIFO, a link to no file.
     """
     block: list[str] = []
     try:
@@ -199,7 +242,11 @@ def record_ids(paths: StorePaths, *, clean: bool = False) -> Iterator[list[str]]
         for entry in listing:
             name = entry.name
             if _RECORD_NAME.fullmatch(name):
-                if clean and not entry.stat(follow_symlinks=False).st_size:
+                # Only links cost a call; one that leads back to itself is no file either.
+                is_file = os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+                if only_files and not is_file:
+                    continue
+                if clean and is_file and not entry.stat().st_size:
                     _log.warning(
                         "%s: it is empty, as a power cut leaves a file; its text will be embedded again", entry.path
                     )

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 from asyncembed.sinks.flushing import begin_writeback, flush, flush_folder
-from asyncembed.sinks.folder import NEW_FILE, write_all, write_record
+from asyncembed.sinks.folder import NEW_FILE, put_in_place, write_all, write_record
 
 _MOST_OPEN = 64  # files held open before they are flushed: macOS allows a process 256
 _FLUSHERS = 8  # flushes that wait side by side share the file system's own: 2 to 3 times as fast on ext4
@@ -68,7 +68,7 @@ class RecordFiles:
     def _place(self) -> None:
         self._flush()
         while self._waiting:
-            os.replace(self._temporary(self._waiting[-1]), f"{self._folder}/{self._waiting[-1]}.json")
+            put_in_place(self._temporary(self._waiting[-1]), f"{self._folder}/{self._waiting[-1]}.json")
             self._waiting.pop()
         flush_folder(self._folder)
 

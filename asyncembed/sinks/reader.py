@@ -82,10 +82,10 @@ class StoredEmbeddings:
 
     def __len__(self) -> int:
         with storage_errors(self._paths.data):
-            return sum(map(len, record_ids(self._paths)))
+            return sum(map(len, record_ids(self._paths, only_files=False)))
 
     def __contains__(self, text: object) -> bool:
-        return isinstance(text, str) and os.path.exists(self._paths.record(text_id(text)))
+        return isinstance(text, str) and os.path.isfile(self._paths.record(text_id(text)))
 
     def __getitem__(self, text: str) -> StoredText:
         """The stored text.
@@ -112,7 +112,7 @@ class StoredEmbeddings:
     def ids(self) -> list[str]:
         """The ids of all stored texts, ascending."""
         with storage_errors(self._paths.data):
-            return sorted(identity for block in record_ids(self._paths) for identity in block)
+            return sorted(identity for block in record_ids(self._paths, only_files=False) for identity in block)
 
     def by_id(self, identity: str) -> StoredText:
         """The stored text with an id.

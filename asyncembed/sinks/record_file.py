@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 from asyncembed.errors import CorruptRecordError
 from asyncembed.records import EmbeddedChunk, EmbeddedText, FloatVector, text_id
 from asyncembed.sinks.codec import decode_json, encode_json
+from asyncembed.sinks.folder import in_the_way
 
 # A high and a low surrogate that stand apart in a `str` become one character when JSON is read back, and the text
 # would no longer be the one its id was made from. Such a text is also stored as the parts between them.
@@ -100,14 +103,28 @@ def decode_record(identity: str, data: bytes, path: str) -> StoredText:
 
 
 def read_record(identity: str, path: str) -> StoredText:
-    """Read one file and check it.
+    """Read one file and check it. What is no file is not waited for, as a FIFO would have it.
 
     Raises:
-        CorruptRecordError: As `decode_record`.
+        CorruptRecordError: As `decode_record`; or a folder, a FIFO, a link to no file is in its place.
         OSError: It cannot be opened or read.
     """
-    with open(path, "rb", buffering=0) as file:
-        return decode_record(identity, file.readall(), path)
+    try:
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            data = file.readall() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+    except OSError:
+        if in_the_way(path) is None:
+            raise
+        data = None
+    if data is None:
+        kind = in_the_way(path) or "something else"
+        reason = f"it is {kind}, not a file; move it away, and the next run makes the file"
+        raise CorruptRecordError(f"{path}: {reason}", reason=reason)
+    return decode_record(identity, data, path)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither the flag nor FIFOs
 
 
 def _corrupt(path: str, reason: str) -> CorruptRecordError:

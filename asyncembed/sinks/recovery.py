@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Iterator
 
 from asyncembed.errors import CorruptRecordError
@@ -83,9 +84,12 @@ def _whole_in_journal(paths: StorePaths) -> Iterator[str]:
             continue
         path = paths.record(identity.decode())
         try:
-            size = os.stat(path).st_size
-        except FileNotFoundError:
+            status = os.stat(path)
+        except OSError:  # gone, or a link that leads nowhere
             continue
+        if not stat.S_ISREG(status.st_mode):
+            continue  # the writer puts the file in its place
+        size = status.st_size
         if size and size == entry.get("size", size):
             yield identity.decode()
         else:

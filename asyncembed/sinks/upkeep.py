@@ -112,7 +112,7 @@ def rebuild(paths: StorePaths) -> Iterator[Fault]:
 def _list_files(paths: StorePaths, header: Header, journal: Journal, whole: DigestSet) -> Iterator[Fault]:
     """Journal every file that is whole and belongs here."""
     journal.start(header)
-    for block in record_ids(paths, clean=True):
+    for block in record_ids(paths, clean=True, only_files=False):
         for at in range(0, len(block), _READ_BLOCK):
             lines, good = [], []
             for identity in block[at : at + _READ_BLOCK]:

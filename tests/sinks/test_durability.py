@@ -130,12 +130,12 @@ async def test_commit_power_a_file_that_cannot_be_placed_leaves_no_half_and_the_
     store = await _power(tmp_path)
     await store.claim(FINGERPRINT, MADE_WITH)
     in_the_way = tmp_path / "embeddings_data" / f"{text_id('two')}.json"
-    in_the_way.mkdir()
-    with pytest.raises(StoreError, match="directory"):
+    (in_the_way / "mine").mkdir(parents=True)
+    with pytest.raises(StoreError, match="move that folder away"):
         await store.commit([record("one"), record("two"), record("three")])
     await store.aclose()
     assert not list(tmp_path.rglob("*.tmp"))
-    in_the_way.rmdir()
+    in_the_way.rename(tmp_path / "away")
     store = await _power(tmp_path)
     await store.claim(FINGERPRINT, MADE_WITH)
     texts = ["one", "two", "three"]
