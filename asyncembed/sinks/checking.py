@@ -14,7 +14,7 @@ from asyncembed.sinks.folder import StorePaths, is_folder, record_ids, storage_e
 from asyncembed.sinks.header import Header
 from asyncembed.sinks.index import index_state, merged_entries
 from asyncembed.sinks.journal import journal_header
-from asyncembed.sinks.origin import STRANGE, is_of
+from asyncembed.sinks.origin import STRANGE, Origins, is_of
 from asyncembed.sinks.record_file import StoredText, read_record
 
 _UNTOLD = (
@@ -54,7 +54,7 @@ class FolderCheck:
         self.n_unlisted = 0
         self._paths = paths
         self._header: Header | None = None
-        self._dim: int | None = None
+        self._origins = Origins()
 
     def __repr__(self) -> str:
         return f"<FolderCheck {self._paths.root!r} n_files={self.n_files}>"
@@ -80,6 +80,8 @@ class FolderCheck:
                 for name in (name for name, there in zip(block, known, strict=True) if not there):
                     self.n_unlisted += 1
                     yield from self._check(name, None)
+            for path, reason in self._origins.strangers(self._paths):
+                yield Fault(path, f"{reason}; {_UNTOLD}")
             if self.n_files and self._header is None:
                 reason = (
                     "is gone, and with it what the texts were made with; the next run writes it, if it makes the same"
@@ -117,9 +119,7 @@ class FolderCheck:
         if any(chunk.start < 0 or chunk.n_tokens < 0 for chunk in stored.chunks) or stored.n_tokens < 0:
             return Fault(path, "a count in it is below 0", True)
         if told is None:
-            self._dim = self._dim or dim
-            if dim != self._dim:
-                return Fault(path, f"its vector has {dim} numbers, the first file's {self._dim}; {_UNTOLD}")
+            self._origins.add(stored)
         elif dim != told:
             return Fault(path, f"its vector has {dim} numbers, the folder's have {told}", True)
         if self._header is not None and not is_of(stored, self._header):

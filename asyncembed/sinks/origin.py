@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from itertools import compress
 
 from asyncembed.errors import CorruptRecordError, StoreMismatchError
+from asyncembed.sinks.digests import DigestSet
 from asyncembed.sinks.folder import StorePaths, record_ids
 from asyncembed.sinks.header import Header
 from asyncembed.sinks.record_file import StoredText, read_record
+from asyncembed.wording import plural
 
 _log = logging.getLogger("asyncembed")
+_SHOWN = 2  # files that a message names
+_MOVE = "asyncembed-store verify names them: move them away, and the next run makes theirs anew"
+_ELSE = "choose another save path, or overwrite"
 STRANGE = "it was made with other weights or options than the rest of the folder"
 
 
@@ -36,31 +45,28 @@ def check_orphans(paths: StorePaths, ours: Header, n_texts: int) -> None:
     """Compare the texts of a folder that lost index and journal with a run that is to go on with it.
 
     Each file carries a digest of what it was made with; of those without one the length of the vector is compared, and
-    a warning says so.
+    a warning says so. A refusal says how many of them differ.
 
     Raises:
         StoreMismatchError: They were made with other weights or options.
     """
     if not n_texts:
         return
-    n_unknown = 0
+    n_read = n_unknown = n_strange = 0
+    shown: list[StoredText] = []
     for identity in (identity for block in record_ids(paths) for identity in block):
         try:
             stored = read_record(identity, paths.record(identity))
         except (CorruptRecordError, FileNotFoundError):
             continue  # damaged since it was listed: found when it is read
-        if len(stored.embedding) != ours.fingerprint.get("dim", len(stored.embedding)):
-            raise StoreMismatchError(
-                f"{paths.root} holds vectors of {len(stored.embedding)} numbers, this run makes "
-                f"{ours.fingerprint['dim']}; use the same model, choose another save path, or overwrite"
-            )
-        if not is_of(stored, ours):
-            raise StoreMismatchError(
-                f"{paths.root} was made with other weights or options: its index and journal are gone, and what its "
-                "texts say they were made with is not what this run makes; use the same, choose another save path, "
-                "or overwrite"
-            )
+        n_read += 1
         n_unknown += stored.fingerprint is None
+        if not is_of(stored, ours):
+            n_strange += 1
+            if len(shown) < _SHOWN:
+                shown.append(stored)
+    if shown:
+        raise StoreMismatchError(_refusal(paths, ours, shown, n_strange, n_read))
     if n_unknown:
         _log.warning(
             "%s: index and journal are gone, so what %d of its texts were embedded with is not known; "
@@ -68,3 +74,63 @@ def check_orphans(paths: StorePaths, ours: Header, n_texts: int) -> None:
             paths.root,
             n_unknown,
         )
+
+
+def _refusal(paths: StorePaths, ours: Header, shown: list[StoredText], n_strange: int, n_read: int) -> str:
+    """Why a run may not go on with a folder of which some or all files are strange; the first few are shown."""
+    dim = len(shown[0].embedding)
+    # 1. some of them   2. all of them, of another length   3. all of them, of other options
+    if n_strange < n_read:
+        names = " and ".join(os.path.relpath(paths.record(stored.id), paths.root) for stored in shown)
+        advice = _MOVE if 2 * n_strange < n_read else f"use the options that made them, {_ELSE}"
+        return (
+            f"{paths.root}: index and journal are gone, and {n_strange:,} of {plural(n_read, 'file')} "
+            f"{'was' if n_strange == 1 else 'were'} made with other weights or options than this run's"
+            f"{', such as ' if n_strange > len(shown) else ': '}{names}; {advice}"
+        )
+    if dim != ours.fingerprint.get("dim", dim):
+        return (
+            f"{paths.root} holds vectors of {dim} numbers, this run makes {ours.fingerprint['dim']}; "
+            f"use the same model, {_ELSE}"
+        )
+    return (
+        f"{paths.root} was made with other weights or options: its index and journal are gone, and what its "
+        f"texts say they were made with is not what this run makes; use the same, {_ELSE}"
+    )
+
+
+class Origins:
+    """Which files of a folder without index and journal were made alike. Holds 16 bytes a file."""
+
+    def __init__(self) -> None:
+        self._alike: dict[tuple[int, str | None], DigestSet] = {}
+
+    def __repr__(self) -> str:
+        return f"<Origins {[len(ids) for ids in self._alike.values()]}>"
+
+    def add(self, stored: StoredText) -> None:
+        """Count a file in."""
+        self._alike.setdefault((len(stored.embedding), stored.fingerprint), DigestSet()).add_many([stored.id])
+
+    def strangers(self, paths: StorePaths) -> Iterator[tuple[str, str]]:
+        """Path and reason of each file that was not made as most were. One that does not say may be one of them."""
+        if len(self._alike) < 2:
+            return
+        by_dim: Counter[int] = Counter()
+        for (dim, _), ids in self._alike.items():
+            by_dim[dim] += len(ids)
+        most_dim, n_dim = by_dim.most_common(1)[0]
+        told = {made_with: len(ids) for (dim, made_with), ids in self._alike.items() if dim == most_dim and made_with}
+        most, n_most = max(told.items(), key=lambda item: item[1], default=(None, 0))
+        n_all = by_dim.total()
+        for block in record_ids(paths):
+            for (dim, made_with), ids in self._alike.items():
+                # 1. another length   2. the same options, or unknown ones   3. other options
+                if dim != most_dim:
+                    reason = f"its vector has {dim} numbers, those of {n_dim:,} of {plural(n_all, 'file')} {most_dim}"
+                elif made_with in (None, most):
+                    continue
+                else:
+                    reason = f"it was made with other weights or options than {n_most:,} of {plural(n_all, 'file')}"
+                for identity in compress(block, ids.contains_many(block)):
+                    yield paths.record(identity), reason

@@ -12,6 +12,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from asyncembed.errors import StoreMismatchError
 from asyncembed.records import text_id
 from asyncembed.sinks import open_embeddings
 from asyncembed.sinks.folder import StorePaths, record_ids
@@ -126,13 +127,49 @@ def test_remove_damaged_without_a_header_removes_no_file_for_its_length(
     *faults, numbers = map(json.loads, capsys.readouterr().out.splitlines())
     assert [fault["path"] for fault in faults if fault["removed"]] == [str(torn)]
     assert numbers["removed"] == 1
-    differing = [fault["reason"] for fault in faults if "its vector has" in fault["reason"]]
-    assert len(differing) == (3 if first else 1)
-    assert all("a job with the options that made the rest makes the index anew" in reason for reason in differing)
+    (differing,) = [fault for fault in faults if "its vector has 3 numbers" in fault["reason"]]
+    assert differing["path"] == str(stray)
+    assert "those of 3 of 4 files 4;" in differing["reason"]
+    assert "a job with the options that made the rest makes the index anew" in differing["reason"]
 
     stray.unlink()  # what the message says
     asyncio.run(pass_over(tmp_path))
     assert run(["verify", str(tmp_path)]) == 0
+
+
+def test_folder_without_index_and_some_files_of_other_options_says_which_and_how_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asyncio.run(fill(tmp_path))
+    (tmp_path / "embeddings_index.json").unlink()
+    stray = file_of(tmp_path, "text 1")
+    _change(fingerprint="0" * 16)(stray)
+    old = file_of(tmp_path, "text 0")  # of a version whose files do not say it
+    old.write_bytes(orjson.dumps({**orjson.loads(old.read_bytes()), "fingerprint": None}))
+
+    assert run(["verify", "--remove-damaged", "--json", str(tmp_path)]) == 1
+    *faults, numbers = map(json.loads, capsys.readouterr().out.splitlines())
+    named = {fault["path"]: fault["reason"] for fault in faults if "other weights or options" in fault["reason"]}
+    assert numbers["removed"] == 0
+    assert list(named) == [str(stray)]
+    assert "than 3 of 5 files; nothing says which is right, so none is removed: move away" in named[str(stray)]
+
+    with pytest.raises(
+        StoreMismatchError, match=r"1 of 5 files was made with other .*: \S+; .*verify names them: move"
+    ):
+        asyncio.run(pass_over(tmp_path))
+    stray.unlink()  # what the message says
+    asyncio.run(pass_over(tmp_path))
+    assert run(["verify", str(tmp_path)]) == 0
+
+
+def test_job_that_fits_a_few_files_of_a_folder_without_index_says_that_most_differ(tmp_path: Path) -> None:
+    asyncio.run(fill(tmp_path))
+    (tmp_path / "embeddings_index.json").unlink()
+    for n in range(4):
+        _change(fingerprint="0" * 16)(file_of(tmp_path, f"text {n}"))
+    with pytest.raises(StoreMismatchError, match=r"4 of 5 files .* such as \S+\.json and \S+\.json; use the options"):
+        asyncio.run(pass_over(tmp_path))
 
 
 async def test_verify_of_a_killed_run_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
