@@ -21,6 +21,7 @@ _UNTOLD = (
     "nothing says which is right, so none is removed: move away what does not belong here, and a job with the options "
     "that made the rest makes the index anew"
 )
+_REBUILD = "asyncembed-store rebuild makes it anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,8 @@ class FolderCheck:
         with storage_errors(self._paths.root):
             state = index_state(self._paths.index)
             self._header = state.header or journal_header(self._paths.journal)
-            if state.exists and not state.intact:
-                yield Fault(self._paths.index, "is torn or was reformatted; asyncembed-store rebuild makes it anew")
+            if state.exists and not state.intact and self._header is not None:
+                yield Fault(self._paths.index, f"is torn or was reformatted; {_REBUILD}")
             listed = DigestSet()
             for identity, body in merged_entries(self._paths.index if state.intact else None, self._paths.journal):
                 if is_completed(body):
@@ -82,9 +83,10 @@ class FolderCheck:
                     yield from self._check(name, None)
             for path, reason in self._origins.strangers(self._paths):
                 yield Fault(path, f"{reason}; {_UNTOLD}")
-            if self.n_files and self._header is None:
+            if self._header is None and (self.n_files or state.exists):
+                what = "cannot be read" if state.exists else "is gone"
                 reason = (
-                    "is gone, and with it what the texts were made with; the next run writes it, if it makes the same"
+                    f"{what}, and with it what the texts were made with; the next run writes it, if it makes the same"
                 )
                 yield Fault(self._paths.index, reason)
 
@@ -124,9 +126,14 @@ class FolderCheck:
             return Fault(path, f"its vector has {dim} numbers, the folder's have {told}", True)
         if self._header is not None and not is_of(stored, self._header):
             return Fault(path, STRANGE, True)
-        found = {"n_chunks": len(stored.chunks), "n_tokens": stored.n_tokens, "size": os.stat(path).st_size}
+        size = os.stat(path).st_size
+        is_as_saved = entry.get("size") == size
+        found = {"n_chunks": len(stored.chunks), "n_tokens": stored.n_tokens, "size": size}
         for name, number in found.items():
             if entry.get(name, number) != number:
+                if is_as_saved:
+                    reason = f"says that {name} of {stored.id} is {entry[name]}, its file says {number}; {_REBUILD}"
+                    return Fault(self._paths.index, reason)
                 reason = f"its {name} is {number}, the index says {entry[name]}"
                 return Fault(path, reason, self._header is not None)
         return None

@@ -99,6 +99,15 @@ def foreign_entries(path: str) -> Iterator[tuple[str, Entry]]:
             return  # torn here; the per-text files say the rest
 
 
+def is_readable(path: str) -> bool:
+    """Whether an index that was reformatted can be read to its end."""
+    try:
+        with open(path, "rb") as file:
+            return sum(prefix == "texts" and event == "start_map" for prefix, event, _ in _shallow(file)) == 1
+    except (ijson.JSONError, ValueError):
+        return False
+
+
 def index_entries(path: str) -> Iterator[tuple[str, Entry]]:
     """Every entry of an index, however it is formatted; nothing if there is none."""
     state = index_state(path)

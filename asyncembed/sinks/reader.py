@@ -46,6 +46,8 @@ class StoredEmbeddings:
         self._paths = StorePaths.of(path)
         self._by_key: dict[str, str] = {}
         self._by_key_stamp: tuple[_Stamp, _Stamp] | None = None
+        if os.path.exists(self._paths.root) and not os.path.isdir(self._paths.root):
+            raise StoreError(f"{self._paths.root}: is a file, not a folder of embeddings")
         if not os.path.isdir(self._paths.root):
             raise StoreError(f"{self._paths.root}: there is no such folder")
         self._header = self._read_header()

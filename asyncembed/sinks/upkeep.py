@@ -12,7 +12,7 @@ from asyncembed.sinks.digests import DigestSet
 from asyncembed.sinks.entries import FAILED, completed_line, keys_of, parse
 from asyncembed.sinks.folder import StorePaths, record_ids, remove, storage_errors
 from asyncembed.sinks.header import Header
-from asyncembed.sinks.index import foreign_entries, index_state, merged_entries, write_index
+from asyncembed.sinks.index import foreign_entries, index_state, is_readable, merged_entries, write_index
 from asyncembed.sinks.journal import Journal, journal_header
 from asyncembed.sinks.lock import FolderLock
 from asyncembed.sinks.origin import STRANGE, is_of
@@ -55,6 +55,19 @@ def failures(paths: StorePaths) -> Iterator[Failure]:
                 yield Failure(identity, str(entry.get("error", "")), tuple(keys_of(entry)))
 
 
+def are_all_known(paths: StorePaths) -> bool:
+    """Whether `failures` are all there were: False where the index that named them is gone, or torn.
+
+    Raises:
+        StoreError: The folder cannot be read.
+    """
+    with storage_errors(paths.root):
+        state = index_state(paths.index)
+        if not state.exists:
+            return not any(record_ids(paths)) and not Journal(paths.journal).exists()
+        return state.intact or is_readable(paths.index)
+
+
 def remove_damaged(paths: StorePaths, check: FolderCheck) -> Iterator[Fault]:
     """Check the folder, and remove each file that the next run had better make anew; the index forgets it.
 
@@ -95,8 +108,9 @@ def rebuild(paths: StorePaths) -> Iterator[Fault]:
             header = state.header or journal_header(paths.journal)
             if header is None:
                 raise StoreError(
-                    f"{paths.root}: index and journal are gone, so nothing says what its texts were made with; run a "
-                    "job with the options that made them: it checks that they fit, and writes the index"
+                    f"{paths.root}: index and journal are gone or cannot be read, so nothing says what its texts were "
+                    "made with; run a job with the options that made them: it checks that they fit, and writes the "
+                    "index"
                 )
             if state.exists and not state.intact:
                 salvage_index(paths, header)

@@ -14,6 +14,7 @@ from asyncembed.errors import AsyncEmbedError
 from asyncembed.sinks.checking import FolderCheck
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.reader import open_embeddings
+from asyncembed.sinks.upkeep import are_all_known
 from asyncembed.sinks.upkeep import failures as find_failures
 from asyncembed.sinks.upkeep import rebuild as rebuild_index
 from asyncembed.sinks.upkeep import remove_damaged as check_and_remove
@@ -83,16 +84,22 @@ def verify(folder: str, remove_damaged: bool, as_json: bool) -> int:
 def failures(folder: str, as_json: bool) -> int:
     """List the texts that could not be embedded, and why. The next run tries them again.
 
-    The texts themselves are in errors.jsonl, for the last run.
+    The texts themselves are in errors.jsonl, for the last run. Exits 1 if a damaged index may have named more.
     """
+    paths = _paths(folder)
     n_failed = 0
-    for failure in find_failures(_paths(folder)):
+    for failure in find_failures(paths):
         n_failed += 1
         if as_json:
             print_out(json.dumps({"id": failure.id, "reason": failure.reason, "keys": list(failure.keys)}))
         else:
             keys = f" ({', '.join(failure.keys)})" if failure.keys else ""
             print_out(f"{failure.id}{keys}: {failure.reason}")
+    if not are_all_known(paths):
+        told = f", of {plural(n_failed, 'text')} it is known" if n_failed else ""
+        reason = f"is gone or cannot be read, so which texts failed is not known{told}; the next run tries them all"
+        print_out(json.dumps({"path": paths.index, "reason": reason}) if as_json else f"{paths.index}: {reason}")
+        return Exit.INCOMPLETE
     if not as_json:
         print_out(f"{plural(n_failed, 'text')} failed")
     return Exit.DONE

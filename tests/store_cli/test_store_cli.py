@@ -172,6 +172,61 @@ def test_job_that_fits_a_few_files_of_a_folder_without_index_says_that_most_diff
         asyncio.run(pass_over(tmp_path))
 
 
+@pytest.mark.parametrize("content", [b"", b"\x93\x00\xff{]" * 50, b"[1, 2]", b"{}", b'{"version":1,"texts":{\n'])
+def test_index_that_cannot_be_read_is_one_fault_with_advice_that_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    asyncio.run(fill(tmp_path))
+    index = tmp_path / "embeddings_index.json"
+    index.write_bytes(content)
+    assert run(["verify", str(tmp_path)]) == 1
+    fault, _ = capsys.readouterr().out.splitlines()
+    assert fault.startswith(
+        f"{index}: cannot be read, and with it what the texts were made with; the next run writes it"
+    )
+    assert run(["rebuild", str(tmp_path)]) == 3
+    assert "cannot be read, so nothing says what its texts were made with; run a job" in capsys.readouterr().err
+    asyncio.run(pass_over(tmp_path))
+    assert run(["verify", str(tmp_path)]) == 0
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+@pytest.mark.parametrize("damage", [_empty, _cut, Path.unlink])
+async def test_failures_of_an_index_that_cannot_be_read_are_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], json_too: bool
+) -> None:
+    await fill(tmp_path)
+    damage(tmp_path / "embeddings_index.json")
+    assert run(["failures", str(tmp_path), *["--json"] * json_too]) == 1
+    out = capsys.readouterr().out
+    assert "which texts failed is not known" in out.splitlines()[-1]
+    assert "0 texts" not in out
+    if json_too:
+        assert [json.loads(line) for line in out.splitlines()][-1]["path"] == str(tmp_path / "embeddings_index.json")
+
+
+@pytest.mark.parametrize("name", ["n_tokens", "n_chunks"])
+async def test_verify_blames_the_index_where_the_file_is_as_it_was_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    await fill(tmp_path)
+    index = tmp_path / "embeddings_index.json"
+    before = index.read_bytes()
+    told = {"n_tokens": 3, "n_chunks": 1}[name]
+    index.write_bytes(before.replace(b'"%s":%d' % (name.encode(), told), b'"%s":9' % name.encode(), 1))
+    assert run(["verify", "--remove-damaged", str(tmp_path)]) == 1
+    fault, last = capsys.readouterr().out.splitlines()
+    assert fault.startswith(f"{index}: says that {name} of ")
+    assert fault.endswith(f"is 9, its file says {told}; asyncembed-store rebuild makes it anew")
+    assert last == "5 files read, 1 fault"
+    assert run(["rebuild", str(tmp_path)]) == 0
+    assert index.read_bytes() == before
+
+
 async def test_verify_of_a_killed_run_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     await killed_after(tmp_path, [record("one"), failure("bad")])
     assert run(["verify", str(tmp_path)]) == 0
@@ -254,6 +309,10 @@ def test_folder_that_is_none_exits_3_and_bad_usage_2(tmp_path: Path, capsys: pyt
         assert run([command, str(tmp_path)]) == 3
         assert "holds no embeddings" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("text")
+    for command in ("verify", "failures", "rebuild"):
+        assert run([command, str(tmp_path / "file")]) == 3
+        assert "is a file, not a folder of embeddings" in capsys.readouterr().err
     assert run(["polish"]) == 2
     assert run(["verify"]) == 2
 
