@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple, Protocol
 
 from asyncembed.encoders.base import Encoder, FloatMatrix
@@ -40,7 +41,7 @@ class LimitEstimator(Protocol):
         ...
 
     def succeed(self, n_tokens: int, seconds: float | None = None) -> None:
-        """A batch of so many padded tokens ran."""
+        """A batch of so many padded tokens ran; infinite seconds say nothing about the speed of the limit."""
         ...
 
     def fail(self, n_tokens: int) -> None:
@@ -259,7 +260,7 @@ class Consumer:
             self.statistics.padded_tokens += n_padded
             self._failed_in_a_row, self._passed = 0, batch.chunks[0]
             # A small batch is no sample of the speed of the size in use.
-            self._estimator.succeed(n_padded, None if batch.is_small else outcome.seconds)
+            self._estimator.succeed(n_padded, inf if batch.is_small else outcome.seconds)
             if self._second_chance:
                 self._second_chance.difference_update(batch.chunks)
             self._on_embedded(batch, outcome.vectors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from asyncembed.tuning import SpeedTuner
 
@@ -92,6 +93,7 @@ class TokenLimitEstimator:
         self._streak = known.successes
         self._room: int | None = None
         self._proven = 0
+        self._is_timed = False
         self._is_recalled = known.failed_at is not None
         self._knows_speed = known.fastest is not None
         tuned = min(known.fastest if known.fastest is not None else start, self.max_limit)
@@ -130,12 +132,17 @@ class TokenLimitEstimator:
         )
 
     def succeed(self, n_tokens: int, seconds: float | None = None) -> None:
-        """A batch of `n_tokens` padded tokens ran, in `seconds` where they were measured."""
+        """A batch of `n_tokens` padded tokens ran, in `seconds` where they were measured.
+
+        Infinite seconds are those of a batch that was cut for less than the limit: its speed says nothing.
+        """
         if self._failed_at is not None and n_tokens >= self._failed_at:
             self._failed_at = None
         self._proven = max(self._proven, n_tokens)
         if seconds is not None and not self._tuner.is_settled:
-            self._tuner.add(n_tokens, seconds)
+            self._is_timed = self._is_timed or seconds > 0
+            if seconds != inf:
+                self._tuner.add(n_tokens, seconds)
             self._limit = min(self._tuner.size, self._ceiling())
         if SMALLEST_PART * n_tokens < self._limit:
             return  # says nothing about the limit
@@ -152,7 +159,7 @@ class TokenLimitEstimator:
         self._streak = 0
         self._proven = self._proven if self._proven < n_tokens else 0
         self._is_recalled = False
-        self._tuner.settle_below(n_tokens)
+        self._tuner.settle()
 
     def keep_below(self, n_tokens: int) -> None:
         """There is memory for no more than so many padded tokens at the moment: no larger batch is tried.
@@ -165,7 +172,7 @@ class TokenLimitEstimator:
     def _ceiling(self) -> int:
         """The largest limit that nothing known speaks against: at least 1."""
         ceiling = self.max_limit
-        if self._tuner.has_measured or self._knows_speed:
+        if self._is_timed or self._knows_speed:
             ceiling = min(ceiling, self._tuner.size)
         if self._failed_at is not None:
             ceiling = min(ceiling, self._failed_at - 1)

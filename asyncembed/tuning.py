@@ -97,10 +97,10 @@ class SpeedTuner:
         """Whether any batch was measured; if none was, nothing is known about speed."""
         return self._n_warm > 0
 
-    def settle_below(self, n_tokens: int) -> None:
-        """A batch of `n_tokens` did not fit into memory, which matters more: the search ends with a smaller size."""
-        self._best = max(1, min(self._best, n_tokens - 1))
-        self._settle()
+    def settle(self) -> None:
+        """A batch did not fit into memory, which matters more: the search ends with the best size so far."""
+        self._rival = None
+        self._is_settled = True
 
     def add(self, n_tokens: int, seconds: float) -> None:
         """A batch of `n_tokens` padded tokens took `seconds`; `size` may be another one afterwards."""
@@ -159,7 +159,7 @@ class SpeedTuner:
             self._goes_up = False
             self._challenge()
         else:
-            self._settle()
+            self.settle()
 
     def _challenge(self) -> None:
         """Let the next size in the direction of the search take turns with the best one."""
@@ -168,13 +168,9 @@ class SpeedTuner:
             self._goes_up = self._best != self._start
         rival = up if self._goes_up else down
         if not self._smallest <= rival <= self._largest or rival in self._tried:
-            self._settle()
+            self.settle()
             return
         self._tried.add(rival)
         self._rival, self._n_added = rival, 0
         self._samples.clear()
         self._open = (None, [])
-
-    def _settle(self) -> None:
-        self._rival = None
-        self._is_settled = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import reprlib
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncIterable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -183,11 +183,15 @@ def check_source(source: object) -> None:
     """Refuse what cannot be a source of texts.
 
     Raises:
-        OptionsError: It is a single `str` or `bytes`, or no iterable.
+        OptionsError: It is a single `str` or `bytes`, a mapping, or no iterable.
     """
     if isinstance(source, (str, bytes, bytearray, memoryview)):
         raise OptionsError(
             f"{kind_of(source)} is one text, not an iterable of texts; pass [text], or read_texts(path) for a file"
+        )
+    if isinstance(source, Mapping):
+        raise OptionsError(
+            f"{kind_of(source)} gives its keys, not its texts; pass its values(), or Text(text, key=key) for each item"
         )
     if not any(hasattr(source, method) for method in ("__aiter__", "__iter__", "__getitem__")):
         raise OptionsError(f"{kind_of(source)} is no iterable of texts; pass a list, a generator, …")

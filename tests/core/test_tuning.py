@@ -207,3 +207,15 @@ def test_limit_without_measured_seconds_is_a_matter_of_memory_alone(seconds: flo
     for _ in range(8):
         limit.succeed(1024, seconds)
     assert limit() == 2048
+
+
+def test_limit_of_small_batches_alone_stays_and_finds_its_way_back_after_a_failure() -> None:
+    limit = TokenLimitEstimator(1024, max_limit=16_384)
+    for _ in range(100):
+        limit.succeed(limit() // 4, math.inf)  # callers in an app: their batches are a quarter
+    assert limit() == 1024
+    limit.fail(256)
+    assert limit() == 128
+    for _ in range(1000):
+        limit.succeed(limit() // 4, math.inf)
+    assert limit() == 1024

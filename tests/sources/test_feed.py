@@ -117,6 +117,11 @@ async def test_feed_items_that_are_no_text_become_rejected_with_their_position(a
     assert items[9].reason == "item 9 of the input is an int, not a str"
 
 
+def test_feed_of_a_dict_is_refused_as_its_keys_are_seldom_its_texts():
+    with pytest.raises(OptionsError, match=r"gives its keys, not its texts; pass its values\(\), or Text"):
+        TextFeed({"key": "a heron"})
+
+
 @pytest.mark.parametrize("source", ["text", b"text", bytearray(b"text"), memoryview(b"text")])
 def test_feed_of_a_single_text_is_refused(source):
     with pytest.raises(OptionsError, match=r"is one text, not an iterable of texts; pass \[text\], or read_texts"):
