@@ -582,16 +582,22 @@ async def test_aclose_cancelled_while_it_drains_answers_everyone_also_from_the_b
     assert at_rest(embedder)
 
 
+class SlowToLoad(FakeEncoder):
+    """Tells that it is being loaded, and goes on when it may."""
+
+    def __init__(self, loading: threading.Event, go: threading.Event) -> None:
+        super().__init__()
+        self._loading, self._go = loading, go
+
+    def tokenizer(self) -> Any:
+        self._loading.set()
+        assert self._go.wait(60)
+        return super().tokenizer()
+
+
 async def test_embed_while_the_model_loads_waits_for_it() -> None:
     loading, go = threading.Event(), threading.Event()
-
-    class Slow(FakeEncoder):
-        def tokenizer(self) -> Any:
-            loading.set()
-            assert go.wait(60)
-            return super().tokenizer()
-
-    embedder = AsyncEmbedder(Slow())
+    embedder = AsyncEmbedder(SlowToLoad(loading, go))
     opening = start(embedder.__aenter__())
     await until(loading.is_set)
     early = start(embedder.embed("heron"))
@@ -608,14 +614,7 @@ async def test_embed_while_the_model_loads_waits_for_it() -> None:
 
 async def test_aclose_while_the_model_loads_ends_the_opening_with_an_error() -> None:
     loading, go = threading.Event(), threading.Event()
-
-    class Slow(FakeEncoder):
-        def tokenizer(self) -> Any:
-            loading.set()
-            assert go.wait(60)
-            return super().tokenizer()
-
-    embedder = AsyncEmbedder(Slow())
+    embedder = AsyncEmbedder(SlowToLoad(loading, go))
     opening = start(embedder.__aenter__())
     await until(loading.is_set)
     early = start(embedder.embed("heron"))
