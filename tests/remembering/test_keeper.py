@@ -344,17 +344,20 @@ def child(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is not enforced elsewhere")
 def test_real_exhaustion_finishes_every_text_and_the_next_job_knows(cache_folder: Path) -> None:
-    """Torch's case; OpenVINO's is in `bin/soak --oom`."""
+    """Torch's case; OpenVINO's is in `bin/soak --oom`.
+
+    So many texts that one of the first two batches is too large, however few had been read for the first.
+    """
     jobs = []
     for _ in range(2):  # a process each: what the first leaves taken is not the second's to learn
-        done = child("exhausted", "torch", "200", "50")
+        done = child("exhausted", "torch", "200", "100")
         assert done.returncode == 0, done.stderr
         jobs.append(json.loads(done.stdout))
     first, second = jobs
-    assert (first["embedded"], first["failed"], first["errors"]) == (50, 0, [])
+    assert (first["embedded"], first["failed"], first["errors"]) == (100, 0, [])
     assert first["ooms"] > 0
     assert first["token_limit"] < 16_384
-    assert (second["embedded"], second["failed"]) == (50, 0)
+    assert (second["embedded"], second["failed"]) == (100, 0)
     assert second["ooms"] < first["ooms"]
     assert len(limits_in(cache_folder)) == 1
 
