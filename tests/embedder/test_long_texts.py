@@ -13,6 +13,7 @@ import pytest
 from asyncembed import AsyncEmbedder
 from asyncembed.encoders import Tokenized
 from asyncembed.encoders.torch_encoder import TorchEncoder
+from asyncembed.lane import CALL_CHARS
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
@@ -53,15 +54,16 @@ class GatedEncoder(TorchEncoder):
 
 async def test_embed_short_text_does_not_wait_for_a_long_one(model: Any) -> None:
     encoder = GatedEncoder(model)
+    text = LONG[: CALL_CHARS + 1000]
     async with AsyncEmbedder(encoder) as embedder:
-        long = asyncio.create_task(embedder.embed(LONG, priority="bulk"))
+        long = asyncio.create_task(embedder.embed(text, priority="bulk"))
         await asyncio.to_thread(encoder.begun.wait)
         assert (await embedder.embed("a heron on the river")).shape == (384,)
         assert not long.done()
         encoder.gate.set()
         vector = await long
     async with AsyncEmbedder(model) as embedder:
-        cosine = vector @ await embedder.embed(LONG) / np.linalg.norm(vector) ** 2
+        cosine = vector @ await embedder.embed(text) / np.linalg.norm(vector) ** 2
     assert cosine == pytest.approx(1, abs=1e-4)
 
 
