@@ -63,10 +63,9 @@ class ChunkHeap:
 
     Args:
         prompt_below: Classes below this are somebody waiting: their batches are small, chosen among the oldest chunks,
-            and hold the oldest one. With 64 callers who each wait for one text (simulated, log-normal lengths) the
-            slowest in a hundred take 1.3 times as long as the average; with full batches and the best run around the
-            oldest chunk it is twice as long, and for short texts, whose padding grows with the rows, the model does
-            a quarter less.
+            and hold the oldest one. With 64 callers who each wait for one text the slowest in a hundred take 1.3 to
+            1.5 times as long as the average; with full batches around the oldest chunk it is twice as long, and for
+            short texts, whose padding grows with the rows, the model does a quarter less.
         max_age: Batches after which a chunk is forced into the next one. Later classes wait
             `max_age` longer for each class before them.
     """

@@ -42,6 +42,7 @@ class OpenVinoEncoder:
     def __init__(self, graph: CachedGraph, *, name: str, dtype: str, prompt: str) -> None:
         import openvino as ov
 
+        self._tensor = ov.Tensor
         self.name = name
         self.dtype = dtype
         self.prompt = prompt
@@ -69,7 +70,7 @@ class OpenVinoEncoder:
         request = self._idle.popleft()
         try:
             arrays = self._rows(batch)
-            request.start_async(arrays)
+            self._begin(request, arrays)
         except BaseException:
             self._idle.append(request)
             raise
@@ -98,10 +99,11 @@ class OpenVinoEncoder:
             if id(request) not in self._ended_early:
                 self._ended_early[id(request)] = self._end(request)
         self._compiled.release_memory()
+        blank = self._blank()
         for _ in range(2):  # the first run of a stream may still fail for the last one's sake
             for request in self._idle:
                 with suppress(RuntimeError, MemoryError):
-                    request.start_async(self._blank())
+                    self._begin(request, blank)
             for request in self._idle:
                 with suppress(RuntimeError, MemoryError):
                     request.wait()
@@ -114,6 +116,12 @@ class OpenVinoEncoder:
         """Model, device and versions."""
         versions = {**self._facts.versions, "openvino": version("openvino")}
         return {"model": self.name, "device": self.device, "backend": self.backend, "versions": versions}
+
+    def _begin(self, request: Any, arrays: list[Any]) -> None:
+        """Start a request on arrays that outlive its run: given to `start_async` they would be copied."""
+        for place, array in enumerate(arrays):
+            request.set_input_tensor(place, self._tensor(array, shared_memory=True))
+        request.start_async()
 
     def _end(self, request: Any) -> FloatMatrix | Exception:
         """Wait for a request: its vectors, or what it failed of."""

@@ -12,6 +12,10 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from asyncembed.encoders.base import Tokenized
 
+FEW_TEXTS = 16
+"""So many texts are tokenised one by one: a call of several wakes the library's own threads, which takes half as long
+again of the processor's time, and these then compete with the model's for a while."""
+
 
 class FastTokenizer:
     """A private copy of a fast tokenizer, with truncation and padding off.
@@ -31,8 +35,9 @@ class FastTokenizer:
         self._affixes = self._find_affixes()
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
-        """All texts in one call."""
-        return [self._tokenized(encoding) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        """Token ids of each text, in order."""
+        calls = [[text] for text in texts] if len(texts) <= FEW_TEXTS else [list(texts)]
+        return [self._tokenized(encoding) for call in calls for encoding in self._tokenizer.encode_batch_fast(call)]
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Start and stop of each content token of `text`, in characters."""

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from asyncembed.heap import BESIDE, FORCED_EVERY, ChunkHeap
 from asyncembed.lane import WINDOW_BATCHES, WINDOW_CHUNKS
 from asyncembed.records import OWNERS_PER_LANE, Batch, Chunk, lane_of
-from asyncembed.windows import BATCH_OVERHEAD, best_run, last_run
+from asyncembed.windows import BATCH_OVERHEAD, best_run, last_run, shared_run
 
 from .fakes import chunk, chunks
 
@@ -182,6 +182,36 @@ def test_last_run_is_worth_as_much_as_the_best_with_the_longest_row(
     assert stop == n
     assert is_allowed(lengths, start, stop, limit, max_rows)
     assert worth(lengths, start, stop, limit, max_rows) == pytest.approx(max(every))
+
+
+def cheapest(lengths: list[int], limit: int, max_rows: int) -> float:
+    """What all rows cost in the best division into runs, found by trying every cut."""
+    if not lengths:
+        return 0.0
+    return min(
+        lengths[-1] * (len(lengths) - start) + BATCH_OVERHEAD * limit + cheapest(lengths[:start], limit, max_rows)
+        for start in range(len(lengths))
+        if is_allowed(lengths, start, len(lengths), limit, max_rows)
+    )
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=9).map(sorted),
+    limit=st.integers(1, 400),
+    max_rows=st.integers(1, 10),
+    data=st.data(),
+)
+def test_shared_run_is_a_part_of_the_cheapest_division(
+    lengths: list[int], limit: int, max_rows: int, data: st.DataObject
+) -> None:
+    forced = data.draw(st.integers(0, len(lengths) - 1))
+    start, stop = shared_run(np.array(lengths, np.int64), limit, max_rows, forced)
+    assert start <= forced < stop
+    assert is_allowed(lengths, start, stop, limit, max_rows)
+    own = lengths[stop - 1] * (stop - start) + BATCH_OVERHEAD * limit
+    rest = cheapest(lengths[:start], limit, max_rows) + cheapest(lengths[stop:], limit, max_rows)
+    assert own + rest == pytest.approx(cheapest(lengths, limit, max_rows))
 
 
 # --- nobody starves ---
