@@ -14,6 +14,7 @@ import anyio
 from asyncembed.assembly import Assembler
 from asyncembed.embedder.chunkers import LongTextChunkers, PromptChunkers
 from asyncembed.embedder.desk import Desk
+from asyncembed.embedder.forks import watch
 from asyncembed.embedder.statistics import EmbedderStatistics, State
 from asyncembed.encoders import Encoder, load_encoder
 from asyncembed.engine import Engine
@@ -52,6 +53,7 @@ class EmbedderLife:
         self._desk: Desk | None = None
         self._error: Exception | None = None
         self._limits: LimitKeeper | None = None
+        self._is_orphan = False
 
     def __repr__(self) -> str:
         desk = f" {self._desk!r}" if self._desk is not None else ""
@@ -69,6 +71,7 @@ class EmbedderLife:
             raise ClosedError("an AsyncEmbedder is opened once; make another one")
         self._loop = asyncio.get_running_loop()
         self._state = "loading"
+        watch(self)
         # Its one task: kept, awaited and cancelled here.
         self._driver = self._loop.create_task(self._drive(), name="asyncembed-embedder")
         try:
@@ -246,7 +249,14 @@ class EmbedderLife:
             await self._ready.wait()
         self._check_open()
 
+    def orphan(self) -> None:
+        """This is a child process, made by a fork: the model's thread and the event loop are the parent's."""
+        self._handing_over = threading.Lock()  # whoever held it in the parent is not here to give it back
+        self._is_orphan, self._state, self._driver = True, "closed", None
+
     def _check_open(self) -> None:
+        if self._is_orphan:
+            raise ClosedError("the embedder was opened before a fork, in the parent process: open one in this process")
         if self._state == "broken":
             raise self._why_ended()
         if self._state not in ("open", "loading"):
