@@ -223,11 +223,11 @@ class AsyncEmbedder(EmbedderLife):
         shape: Callable[[Request], Any],
     ) -> asyncio.Future[Any]:
         number = priority_of(priority)
+        self._check_open()
         if asyncio.get_running_loop() is not self._loop and self._loop is not None:
             raise ClosedError("embed_nowait belongs to the event loop of the embedder; embed_threadsafe is for others")
         if self._state == "loading":
             raise OverloadedError("the model is still being loaded; await embed(), which waits for it")
-        self._check_open()
         request = self._request(texts, prompt_of(self.encoder, prompt, prompt_name), number, shape)
         desk = self._open_desk()
         desk.open(request)

@@ -100,6 +100,8 @@ class EmbedderLife:
         Cancelled while it drains, it refuses the rest with a `ClosedError`, and leaves the model's thread to end by
         itself.
         """
+        if self._is_orphan:
+            return
         if self._driver is None:
             self._state = "closed"
             self._model_thread.executor.shutdown(wait=False)
@@ -198,6 +200,8 @@ class EmbedderLife:
         Raises:
             ClosedError: It is not loaded yet.
         """
+        if self._is_orphan:
+            self._check_open()
         if self._engine is None:
             raise ClosedError("the model is not loaded; enter the embedder with `async with` first")
         return self._engine.encoder

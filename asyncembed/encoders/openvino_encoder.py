@@ -57,6 +57,7 @@ class OpenVinoEncoder:
         self._under_way: list[Any] = []
         self._ended_early: dict[int, FloatMatrix | Exception] = {}
         self._ran_out = False
+        self._inputs: dict[int, list[Any]] = {}  # last: when all goes, the requests that read these go before them
 
     def __repr__(self) -> str:
         return f"<OpenVinoEncoder {self.name!r} {self.dtype} dim={self.dim} slots={self.slots}>"
@@ -69,22 +70,22 @@ class OpenVinoEncoder:
         """Put a batch under way in an idle request."""
         request = self._idle.popleft()
         try:
-            arrays = self._rows(batch)
-            self._begin(request, arrays)
+            self._begin(request, self._rows(batch))
         except BaseException:
             self._idle.append(request)
             raise
         self._under_way.append(request)
-        return request, arrays  # the arrays must outlive the request's run
+        return request
 
     def finish(self, handle: Any) -> FloatMatrix:
         """Wait for a batch: shape `(rows, dim)` float32."""
-        request, _ = handle
+        request = handle
         ended = self._ended_early.pop(id(request), None)
         if ended is None:
             ended = self._end(request)
         self._under_way.remove(request)
         self._idle.append(request)
+        self._inputs.pop(id(request), None)
         if isinstance(ended, Exception):
             raise ended
         return ended
@@ -118,7 +119,8 @@ class OpenVinoEncoder:
         return {"model": self.name, "device": self.device, "backend": self.backend, "versions": versions}
 
     def _begin(self, request: Any, arrays: list[Any]) -> None:
-        """Start a request on arrays that outlive its run: given to `start_async` they would be copied."""
+        """Start a request on arrays without copying them; they are kept until it has ended, whoever waits for it."""
+        self._inputs[id(request)] = arrays
         for place, array in enumerate(arrays):
             request.set_input_tensor(place, self._tensor(array, shared_memory=True))
         request.start_async()

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 
 FORKED = """
-import asyncio, os, threading
+import asyncio, os, signal, threading
 from asyncembed import AsyncEmbedder, ClosedError, embed_stream
 from tests.fakes import FakeEncoder
 
@@ -30,11 +30,16 @@ asyncio.run_coroutine_threadsafe(embedder.__aenter__(), loop).result()
 async def job():
     await embed_stream(["a"], embedder=embedder, save_path=None)
 
-if not (child := os.fork()):
+with embedder._handing_over:  # as a call from another thread may hold it at that moment
+    child = os.fork()
+if not child:
+    signal.alarm(30)  # whoever waits for ever ends all the same
     said = {
         refusal(lambda: asyncio.run(embedder.embed("a"))),
         refusal(lambda: embedder.embed_threadsafe("a").result()),
         refusal(lambda: asyncio.run(job())),
+        refusal(lambda: embedder.embed_nowait("a")),
+        refusal(lambda: embedder.encoder),
     }
     asyncio.run(embedder.aclose())
     print(*said, flush=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ import pytest
 from asyncembed import EmbedOptions, embed_stream, load_encoder
 from asyncembed.encoders.graph_cache import cache_root, graph_key, load_graph
 from asyncembed.encoders.loading import model_folder
-from asyncembed.encoders.openvino_encoder import supported_dtypes
+from asyncembed.encoders.openvino_encoder import OpenVinoEncoder, supported_dtypes
 from asyncembed.errors import ModelError
 from asyncembed.records import Batch, Chunk
 from tests.conftest import ROOT
+from tests.remembering.children import row_batch
 
 TEXTS = [f"A sentence about {word}. " * n for n, word in enumerate(["boats", "rain", "lamps", "数学", "music"], 1)]
 
@@ -83,6 +86,27 @@ def test_batches_under_way_in_all_slots_keep_their_own_vectors(converted: Any, m
     found += [converted.finish(handle) for handle in handles]
     expected = [model.encode([text, text + " and more"]) for text in TEXTS] * 4
     assert cosines(np.concatenate(found), np.concatenate(expected)).min() >= 0.99999
+
+
+def test_inputs_live_until_their_batch_has_ended_whoever_waits_for_it(
+    converted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model reads them where they are: a job that is cancelled forgets its batches while they run."""
+    made: list[weakref.ref[Any]] = []
+    rows = OpenVinoEncoder._rows
+
+    def noting(encoder: OpenVinoEncoder, batch: Batch) -> list[Any]:
+        arrays = rows(encoder, batch)
+        made.extend(map(weakref.ref, arrays))
+        return arrays
+
+    monkeypatch.setattr(OpenVinoEncoder, "_rows", noting)
+    handle = converted.start(row_batch(4, 200))
+    gc.collect()
+    assert all(array() is not None for array in made)
+    converted.finish(handle)
+    gc.collect()
+    assert [array() for array in made] == [None] * len(made)
 
 
 def test_damaged_graph_is_noticed_removed_and_made_anew(
