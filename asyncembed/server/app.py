@@ -170,10 +170,10 @@ class _Routes:
             return await self._parse(body)
 
     async def _parse(self, body: bytes) -> EmbeddingsRequest:
-        max_inputs = self._service.settings.max_inputs
+        settings = self._service.settings
         if len(body) <= SMALL_BODY:
-            return parse_request(body, max_inputs)
-        return await self._service.worker.run(parse_request, body, max_inputs)
+            return parse_request(body, settings)
+        return await self._service.worker.run(parse_request, body, settings)
 
     async def _encode(self, answer: CountedVectors, asked: EmbeddingsRequest) -> bytes:
         model = asked.model or self._service.settings.names[0]

@@ -14,7 +14,7 @@ code { font-size: .9em } td, th { text-align: left; padding: .2rem 1rem .2rem 0;
 """
 
 ENDPOINTS = (
-    ("POST /v1/embeddings", "vectors of a text, a list of texts, or token ids of the model's own vocabulary"),
+    ("POST /v1/embeddings", "vectors of a text, or of a list of texts"),
     ("GET /v1/models", "the names of the model; /v1/models/NAME for one"),
     ("GET /health", "200 when the model is ready, 503 before and after; never needs a key"),
     ("GET /metrics", "figures for Prometheus"),

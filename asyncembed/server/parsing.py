@@ -114,6 +114,9 @@ def _server_options() -> list[click.Parameter]:
                       show_default=True, group=SERVER, help="How long requests under way may take after SIGTERM."),
         GroupedOption(["--alias"], multiple=True, metavar="NAME", group=MODEL,
                       help="A further name that clients may use for the model; may be repeated."),
+        GroupedOption(["--accept-token-ids"], is_flag=True, group=MODEL,
+                      help="Take token ids in the place of texts, for clients that have this model's own tokenizer. "
+                      "Ids of another one, as LangChain's OpenAIEmbeddings sends by default, give wrong vectors."),
         GroupedOption(["--max-body-bytes"], type=click.UNPROCESSED, callback=_amount, metavar="SIZE",
                       default=DEFAULT_BODY_BYTES, show_default="16MiB", group=LIMITS, help="Most bytes of a request."),
         GroupedOption(["--max-inputs"], type=click.IntRange(min=1), default=DEFAULT_INPUTS, metavar="N",

@@ -15,8 +15,15 @@ from asyncembed.embedder import CountedVectors
 from asyncembed.encoders import FloatMatrix
 from asyncembed.records import AnyText, TokenText
 from asyncembed.server.faults import ApiError
+from asyncembed.server.settings import ServerSettings
 
 FORMATS = ("float", "base64")
+
+TOKEN_IDS_REFUSED = (
+    "'input' holds token ids, which mean other words in another model's vocabulary: send strings (LangChain's "
+    "OpenAIEmbeddings does with check_embedding_ctx_length=False). For clients that have this model's own tokenizer, "
+    "start the server with --accept-token-ids"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,7 @@ class EmbeddingsRequest:
     dimensions: int | None
 
 
-def parse_request(body: bytes, max_inputs: int) -> EmbeddingsRequest:
+def parse_request(body: bytes, settings: ServerSettings) -> EmbeddingsRequest:
     """Read the body of a request.
 
     Raises:
@@ -63,7 +70,7 @@ def parse_request(body: bytes, max_inputs: int) -> EmbeddingsRequest:
         )
     if asked.get("input") is None:
         raise ApiError(400, "'input' is missing: a string, a list of strings, or token ids", param="input")
-    inputs, is_list = _inputs(asked["input"], max_inputs)
+    inputs, is_list = _inputs(asked["input"], settings)
     return EmbeddingsRequest(inputs, is_list, model, form or "float", dimensions)
 
 
@@ -102,7 +109,7 @@ def _as_base64(vector: Any) -> bytes:
     return b'"%b"' % base64.b64encode(vector)
 
 
-def _inputs(given: Any, max_inputs: int) -> tuple[list[AnyText], bool]:
+def _inputs(given: Any, settings: ServerSettings) -> tuple[list[AnyText], bool]:
     # 1. A string. 2. A list of strings. 3. Token ids. 4. A list of token ids.
     if isinstance(given, str):
         return [_text(given, "input")], False
@@ -111,6 +118,8 @@ def _inputs(given: Any, max_inputs: int) -> tuple[list[AnyText], bool]:
     if not given:
         raise ApiError(400, "'input' is an empty list", param="input")
     kinds = set(map(type, given))
+    if kinds <= {int, list} and not settings.accept_token_ids:
+        raise ApiError(400, TOKEN_IDS_REFUSED, param="input", code="token_ids_not_accepted")
     if kinds == {int}:
         return [_ids(given, "input")], False
     if kinds not in ({str}, {list}):
@@ -120,10 +129,9 @@ def _inputs(given: Any, max_inputs: int) -> tuple[list[AnyText], bool]:
             f"this list holds {', '.join(sorted(map(_name, kinds)))}",
             param="input",
         )
-    if len(given) > max_inputs:
-        raise ApiError(
-            400, f"'input' holds {len(given)} texts; this server takes {max_inputs} in a request", param="input"
-        )
+    if len(given) > settings.max_inputs:
+        message = f"'input' holds {len(given)} texts; this server takes {settings.max_inputs} in a request"
+        raise ApiError(400, message, param="input")
     read = _text if kinds == {str} else _ids
     return [read(one, f"input[{index}]") for index, one in enumerate(given)], True
 

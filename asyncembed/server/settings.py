@@ -28,6 +28,7 @@ class ServerSettings:
         api_key: What clients must send as bearer token; None lets everyone in.
         max_body_bytes: Most bytes of a request's body.
         max_inputs: Most texts of a request.
+        accept_token_ids: Whether texts may be given as token ids: nothing tells ids of another vocabulary.
         drain_s: How long requests under way may take after SIGTERM.
     """
 
@@ -39,6 +40,7 @@ class ServerSettings:
     api_key: str | None = None
     max_body_bytes: int = DEFAULT_BODY_BYTES
     max_inputs: int = DEFAULT_INPUTS
+    accept_token_ids: bool = False
     drain_s: float = DEFAULT_DRAIN_S
 
     @property

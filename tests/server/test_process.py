@@ -29,7 +29,8 @@ HEADER = {"Authorization": f"Bearer {KEY}"}
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The address of a server that all tests of this module share."""
-    with ServerProcess("--alias", "text-embedding-3-small", "--long-texts", "truncate", ASYNCEMBED_API_KEY=KEY) as one:
+    arguments = ("--alias", "text-embedding-3-small", "--long-texts", "truncate", "--accept-token-ids")
+    with ServerProcess(*arguments, ASYNCEMBED_API_KEY=KEY) as one:
         yield one.wait_ready()
         one.process.send_signal(signal.SIGTERM)
         assert one.process.wait(60) == 0
