@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import re
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,9 @@ from asyncembed.server.faults import ApiError
 from asyncembed.server.settings import ServerSettings
 
 FORMATS = ("float", "base64")
+
+ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F]..)|.)", re.DOTALL)
+"""An escape of JSON: a whole surrogate pair, half of one, or any other."""
 
 TOKEN_IDS_REFUSED = (
     "'input' holds token ids, which mean other words in another model's vocabulary: send strings (LangChain's "
@@ -51,10 +56,7 @@ def parse_request(body: bytes, settings: ServerSettings) -> EmbeddingsRequest:
     Raises:
         ApiError: It is no JSON object, or something in it cannot be; 400.
     """
-    try:
-        asked = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"the body is no JSON that can be read: {error}", code="invalid_json") from None
+    asked = _loads(body)
     if not isinstance(asked, dict):
         raise ApiError(400, f"the body is a JSON {_kind(asked)}; it must be an object with 'input' and 'model'")
     model, form, dimensions = asked.get("model"), asked.get("encoding_format"), asked.get("dimensions")
@@ -72,6 +74,23 @@ def parse_request(body: bytes, settings: ServerSettings) -> EmbeddingsRequest:
         raise ApiError(400, "'input' is missing: a string, a list of strings, or token ids", param="input")
     inputs, is_list = _inputs(asked["input"], settings)
     return EmbeddingsRequest(inputs, is_list, model, form or "float", dimensions)
+
+
+def _loads(body: bytes) -> Any:
+    """The JSON of a body, also after a byte order mark, and with half an emoji: clients cut texts by code units."""
+    body = body.removeprefix(BOM_UTF8)
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        message = f"the body is no JSON that can be read: {error}"
+    try:
+        body.decode()
+        return orjson.loads(ESCAPE.sub(lambda found: rb"\ufffd" if found["half"] else found[0], body))
+    except UnicodeDecodeError:
+        message = "the body is not UTF-8; clients that name it send it: 'Content-Type: application/json; charset=utf-8'"
+    except orjson.JSONDecodeError:
+        pass  # that was not what was wrong with it
+    raise ApiError(400, message, code="invalid_json")
 
 
 def cut(vectors: FloatMatrix, dimensions: int | None) -> FloatMatrix:

@@ -89,7 +89,9 @@ def test_what_cannot_be_is_refused_with_its_place(fields: dict[str, Any], param:
         b"",
         b"{",
         b"\xff",
-        b'{"input": "\\ud800"}',
+        b'{"input": "caf\xe9"}',
+        b'{"input": "\\ud8',
+        b'\xef\xbb\xbf\xef\xbb\xbf{"input": "a"}',
         b"[" * 100_000,
         b'{"input":' + b"[" * 5000 + b"]" * 5000 + b"}",
         b"3",
@@ -100,6 +102,16 @@ def test_body_that_is_no_object_or_too_deep_is_refused(body: bytes) -> None:
         parse_request(body, SETTINGS)
     assert caught.value.status == 400
     assert len(caught.value.message) < 300
+
+
+PIECES = ["\\", '"', "\ud83d", "\ude80", "\udfff", "\ud800", "a", "u", "d8", "\n", "é", "🚀"]
+
+
+@given(pieces=st.lists(st.sampled_from(PIECES)))
+def test_halves_of_pairs_are_replaced_and_nothing_else_changes(pieces: list[str]) -> None:
+    text = "a" + "".join(pieces)
+    [found] = parse_request(json.dumps({"input": text}).encode(), SETTINGS).inputs
+    assert found == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @pytest.mark.parametrize("field", ["encoding_format", "dimensions"])

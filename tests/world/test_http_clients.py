@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -43,3 +44,21 @@ async def test_server_told_to_accept_token_ids_answers_them(encoder: Any, model:
     async with opened(AsyncEmbedder(encoder), accept_token_ids=True) as service, client(service) as http:
         found = vectors_of(await http.post(PATH, json={"input": [ids]}))
     np.testing.assert_allclose(found, model.encode(["a heron on the river"]), atol=1e-5)
+
+
+async def test_half_an_emoji_is_replaced_and_answered(encoder: Any, model: Any) -> None:
+    """Clients that cut texts by UTF-16 code units send half a surrogate pair, escaped."""
+    texts = ["a heron \ud83d", "\ude80 a heron", "a heron \ud83d\ud83d\ude80\ude80", "C:\\ud83d \ud83d"]
+    whole = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+    async with opened(AsyncEmbedder(encoder)) as service, client(service) as http:
+        found = vectors_of(await http.post(PATH, content=json.dumps({"input": texts})))
+    np.testing.assert_allclose(found, model.encode(whole), atol=1e-5)
+
+
+async def test_byte_order_mark_before_the_body_is_passed_over_and_other_encodings_are_named(encoder: Any) -> None:
+    async with opened(AsyncEmbedder(encoder)) as service, client(service) as http:
+        body = '{"input": "Café"}'
+        assert (await http.post(PATH, content=body.encode("utf-8-sig"))).status_code == 200
+        for encoding in ("latin-1", "utf-16"):
+            error = error_of(await http.post(PATH, content=body.encode(encoding)), 400)
+            assert "not UTF-8" in error["message"]
