@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -70,6 +71,20 @@ def _amount(ctx: click.Context, param: click.Parameter, value: str | int) -> int
         raise click.BadParameter(str(error), ctx, param) from error
 
 
+def _origins(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Origins as browsers send them: in small letters, without a slash at the end."""
+    for value in values:
+        if value != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+/?", value):
+            message = f"{value!r} is no origin: scheme, host and port, such as https://app.example.org:8443, or *"
+            raise click.BadParameter(message, ctx, param)
+    return tuple(value.rstrip("/").lower() for value in values)
+
+
+def _prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """With a slash before it and none behind."""
+    return f"/{value.strip('/')}" if value.strip("/") else ""
+
+
 def parse(arguments: Sequence[str]) -> ServerSettings | int:
     """The settings; or an exit code if nothing is left to do, as after `--help`.
 
@@ -90,7 +105,7 @@ def _settings(**values: Any) -> ServerSettings:
     options = {name: values.pop(name) for name in TAKEN if name != "model"}
     options["max_pending_bytes"] = values.pop("max_pending_bytes") or None
     options["cache_bytes"] = values.pop("cache_bytes")
-    return ServerSettings(options=options, api_key=api_key, aliases=tuple(values.pop("alias")), **values)
+    return ServerSettings(options=options, api_key=api_key, **values)
 
 
 def _model_options() -> list[click.Parameter]:
@@ -110,9 +125,15 @@ def _server_options() -> list[click.Parameter]:
         GroupedOption(["--api-key"], envvar=KEY_VARIABLE, metavar="KEY", group=SERVER,
                       help="Clients must send it as bearer token. Better set ASYNCEMBED_API_KEY: others can see the "
                       "arguments of a process."),
+        GroupedOption(["--cors-origin", "cors_origins"], multiple=True, callback=_origins, metavar="ORIGIN",
+                      group=SERVER, help="Let pages of this origin, such as https://app.example.org, ask from a "
+                      "browser; may be repeated; * is any."),
+        GroupedOption(["--root-path"], default="", callback=_prefix, metavar="PATH", group=SERVER,
+                      help="The prefix under which a proxy serves this, such as /embed; whether the proxy takes it off "
+                      "or not."),
         GroupedOption(["--drain-s"], type=click.FloatRange(min=0), default=DEFAULT_DRAIN_S, metavar="SECONDS",
                       show_default=True, group=SERVER, help="How long requests under way may take after SIGTERM."),
-        GroupedOption(["--alias"], multiple=True, metavar="NAME", group=MODEL,
+        GroupedOption(["--alias", "aliases"], multiple=True, metavar="NAME", group=MODEL,
                       help="A further name that clients may use for the model; may be repeated."),
         GroupedOption(["--accept-token-ids"], is_flag=True, group=MODEL,
                       help="Take token ids in the place of texts, for clients that have this model's own tokenizer. "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import re
+import zlib
 from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from asyncembed.assembly import normalized
 from asyncembed.embedder import CountedVectors
 from asyncembed.encoders import FloatMatrix
 from asyncembed.records import AnyText, TokenText
-from asyncembed.server.faults import ApiError
+from asyncembed.server.faults import ApiError, too_large
 from asyncembed.server.settings import ServerSettings
 
 FORMATS = ("float", "base64")
@@ -74,6 +77,21 @@ def parse_request(body: bytes, settings: ServerSettings) -> EmbeddingsRequest:
         raise ApiError(400, "'input' is missing: a string, a list of strings, or token ids", param="input")
     inputs, is_list = _inputs(asked["input"], settings)
     return EmbeddingsRequest(inputs, is_list, model, form or "float", dimensions)
+
+
+def parse_gzip_request(packed: bytes, settings: ServerSettings) -> EmbeddingsRequest:
+    """Read a body that was compressed; no more of it is unpacked than a body may have.
+
+    Raises:
+        ApiError: It cannot be unpacked, 400, or is too large, 413; or as `parse_request`.
+    """
+    try:
+        body = gzip.GzipFile(fileobj=BytesIO(packed)).read(settings.max_body_bytes + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ApiError(400, f"the body cannot be unpacked: {error}", code="invalid_gzip") from None
+    if len(body) > settings.max_body_bytes:
+        raise too_large(f"the body unpacks to more than the {settings.max_body_bytes} bytes that this server takes")
+    return parse_request(body, settings)
 
 
 def _loads(body: bytes) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import tracemalloc
+import zlib
 from typing import Any
 
 import httpx
@@ -62,3 +65,94 @@ async def test_byte_order_mark_before_the_body_is_passed_over_and_other_encoding
         for encoding in ("latin-1", "utf-16"):
             error = error_of(await http.post(PATH, content=body.encode(encoding)), 400)
             assert "not UTF-8" in error["message"]
+
+
+ORIGIN = "https://app.example.org"
+PREFLIGHT = {
+    "Origin": ORIGIN,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+}
+
+
+async def test_paths_without_v1_and_with_slashes_are_answered_without_a_redirect(encoder: Any) -> None:
+    paths = ("/embeddings", "/embeddings/", "/v1/embeddings/", "/v1//embeddings")
+    async with opened(AsyncEmbedder(encoder), aliases=("minilm", "org/minilm")) as service, client(service) as http:
+        for path in paths:
+            assert vectors_of(await http.post(path, json={"input": "a heron"})).shape == (1, 384)
+        for path in ("/models", "/models/", "/v1/models/"):
+            assert len((await http.get(path)).json()["data"]) == 4
+        for path in ("/models/org/minilm", "/v1/models/org%2Fminilm/"):
+            assert (await http.get(path)).json()["id"] == "org/minilm"
+        for path in ("/health/", "/metrics/", "//"):
+            assert (await http.get(path)).status_code == 200
+        for path in ("/v1/embeddings/x", "/embeddingsx", "/v1", "/v2/embeddings"):
+            assert error_of(await http.post(path, json={"input": "a heron"}), 404)["code"] == "not_found"
+        assert error_of(await http.put("/embeddings/"), 405)["code"] == "method_not_allowed"
+        figures = (await http.get("/metrics")).text
+    assert 'asyncembed_requests_total{path="/v1/embeddings",status="200"} 4.0' in figures.splitlines()
+
+
+async def test_pages_of_a_named_origin_may_ask_and_their_preflight_needs_no_key(encoder: Any) -> None:
+    settings: Any = {"cors_origins": (ORIGIN,), "api_key": "s3cret"}
+    async with opened(AsyncEmbedder(encoder), **settings) as service, client(service) as http:
+        preflight = await http.options(PATH, headers=PREFLIGHT)
+        stranger = await http.options(PATH, headers={**PREFLIGHT, "Origin": "https://else.example.org"})
+        unknown = await http.post(PATH, json={"input": "a"}, headers={"Origin": ORIGIN})
+        key = {"Authorization": "Bearer s3cret"}
+        known = await http.post(PATH, json={"input": "a heron"}, headers={"Origin": ORIGIN, **key})
+        bare = await http.options(PATH)
+    assert preflight.status_code == 200
+    assert "x-stainless-os" in preflight.headers["access-control-allow-headers"]
+    error_of(unknown, 401)
+    error_of(bare, 401)
+    assert vectors_of(known).shape == (1, 384)
+    for answer in (preflight, unknown, known):
+        assert answer.headers["access-control-allow-origin"] == ORIGIN
+    assert "access-control-allow-origin" not in stranger.headers
+
+
+async def test_pages_of_any_origin_are_refused_by_the_browser_unless_told(encoder: Any) -> None:
+    async with opened(AsyncEmbedder(encoder)) as service, client(service) as http:
+        error_of(await http.options(PATH, headers=PREFLIGHT), 405)
+        answer = await http.post(PATH, json={"input": "a heron"}, headers={"Origin": ORIGIN})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+async def test_gzip_body_is_read_and_a_broken_one_is_refused(encoder: Any, model: Any) -> None:
+    packed = gzip.compress(b'\xef\xbb\xbf{"input": "a heron"}')
+    async with opened(AsyncEmbedder(encoder)) as service, client(service) as http:
+        found = vectors_of(await http.post(PATH, content=packed, headers={"Content-Encoding": "GZIP"}))
+        for body in (packed[:-9], b"{}", packed + b"x"):
+            error = error_of(await http.post(PATH, content=body, headers={"Content-Encoding": "gzip"}), 400)
+            assert error["code"] == "invalid_gzip"
+        error = error_of(await http.post(PATH, content=b"{}", headers={"Content-Encoding": "br"}), 415)
+        assert "'br' is not read here" in error["message"]
+    np.testing.assert_allclose(found, model.encode(["a heron"]), atol=1e-5)
+
+
+async def test_gzip_bomb_takes_no_memory(encoder: Any) -> None:
+    limit, packer = 2**20, zlib.compressobj(wbits=31)
+    bomb = b"".join(packer.compress(bytes(2**22)) for _ in range(16)) + packer.flush()
+    async with opened(AsyncEmbedder(encoder), max_body_bytes=limit) as service, client(service) as http:
+        tracemalloc.start()
+        try:
+            answer = await http.post(PATH, content=bomb, headers={"Content-Encoding": "gzip"})
+            _, n_peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert "unpacks to more than" in error_of(answer, 413)["message"]
+    assert n_peak < 4 * limit
+
+
+@pytest.mark.parametrize("root", ["/embed", "/v1", "/v1/embeddings"])
+async def test_behind_a_proxy_with_a_prefix_it_answers_with_and_without_it(encoder: Any, root: str) -> None:
+    async with opened(AsyncEmbedder(encoder), root_path=root, api_key="s3cret") as service, client(service) as http:
+        http.headers["Authorization"] = "Bearer s3cret"
+        for path in ("/v1/embeddings", "/embeddings/"):
+            assert (await http.post(root + path, json={"input": "a heron"})).status_code == 200
+        assert (await http.get(f"{root}/health", headers={"Authorization": ""})).status_code == 200
+        assert f"http://server{root}/v1/embeddings" in (await http.get(f"{root}/")).text
+        if root == "/embed":
+            assert (await http.post("/embeddings", json={"input": "a heron"})).status_code == 200
+            error_of(await http.post("/embedded/embeddings", json={"input": "a heron"}), 404)
