@@ -213,7 +213,7 @@ class EmbedderLife:
 
     def statistics(self) -> EmbedderStatistics:
         """What it did, and what waits."""
-        if self._engine is None or self._desk is None:
+        if self._engine is None or self._lane is None or self._desk is None:
             return EmbedderStatistics(self._state, max_pending_bytes=self._max_bytes)
         engine, desk = self._engine.statistics(), self._desk
         queues = (desk.urgent.statistics(), desk.later.statistics())
@@ -227,6 +227,7 @@ class EmbedderLife:
             max_pending_bytes=self._max_bytes,
             cache_bytes=desk.cache.n_bytes,
             cache_hits=desk.cache.n_hits,
+            truncations=self._lane.chunking.truncated_texts,
             batches=engine.consumer.batches,
             ooms=engine.consumer.ooms,
             row_tokens=engine.consumer.row_tokens,

@@ -156,3 +156,10 @@ async def test_behind_a_proxy_with_a_prefix_it_answers_with_and_without_it(encod
         if root == "/embed":
             assert (await http.post("/embeddings", json={"input": "a heron"})).status_code == 200
             error_of(await http.post("/embedded/embeddings", json={"input": "a heron"}), 404)
+
+
+async def test_texts_that_were_cut_are_counted(encoder: Any) -> None:
+    async with opened(AsyncEmbedder(encoder, long_texts="truncate")) as service, client(service) as http:
+        await http.post(PATH, json={"input": ["a heron", "on the river " * 200, "in the mud " * 300]})
+        figures = (await http.get("/metrics")).text
+    assert "asyncembed_truncations_total 2.0" in figures.splitlines()
