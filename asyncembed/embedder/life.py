@@ -12,7 +12,7 @@ from typing import TypeVar
 import anyio
 
 from asyncembed.assembly import Assembler
-from asyncembed.embedder.chunkers import LongTextChunkers, PromptChunkers
+from asyncembed.embedder.chunkers import InstructionChunkers, LongTextChunkers
 from asyncembed.embedder.desk import Desk
 from asyncembed.embedder.forks import watch
 from asyncembed.embedder.statistics import EmbedderStatistics, State
@@ -162,7 +162,7 @@ class EmbedderLife:
                 self._error = error
             scope.cancel()
 
-    def _open(self, limits: LimitKeeper, chunkers: PromptChunkers) -> tuple[Engine, Lane]:
+    def _open(self, limits: LimitKeeper, chunkers: InstructionChunkers) -> tuple[Engine, Lane]:
         options = self.options
         engine = Engine(
             limits.encoder,
@@ -269,9 +269,9 @@ class EmbedderLife:
             raise ClosedError(f"the embedder is {'not open' if self._state == 'new' else self._state}: {hint}")
 
 
-def _load(options: EmbedOptions) -> tuple[Encoder, PromptChunkers]:
+def _load(options: EmbedOptions) -> tuple[Encoder, InstructionChunkers]:
     encoder = load_encoder(options)
-    return encoder, PromptChunkers(encoder, options, encoder.tokenizer())
+    return encoder, InstructionChunkers(encoder, options)
 
 
 def _closed() -> AsyncEmbedError:
