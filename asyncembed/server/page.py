@@ -51,7 +51,9 @@ def help_page(settings: ServerSettings, url: str, state: str, facts: str) -> str
         f"A request takes up to {settings.max_inputs:,} texts and {settings.max_body_bytes:,} bytes. When too much is "
         "under way the answer is 429 with <code>Retry-After</code>. Texts longer than the model takes are embedded in "
         "chunks and averaged, unless the server was told otherwise. <code>dimensions</code> keeps the first of each "
-        "vector and scales it to length 1; <code>encoding_format</code> is <code>float</code> or <code>base64</code>."
+        "vector and scales it to length 1; <code>encoding_format</code> is <code>float</code> or <code>base64</code>. "
+        "<code>input_type</code> (<code>query</code>, <code>document</code>), <code>prompt_name</code> and "
+        "<code>task</code> choose one of the model's own prompts and routes."
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

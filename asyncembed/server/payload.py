@@ -16,13 +16,23 @@ import numpy as np
 import orjson
 
 from asyncembed.assembly import normalized
-from asyncembed.embedder import CountedVectors
+from asyncembed.embedder import CountedVectors, Kind
 from asyncembed.encoders import FloatMatrix
 from asyncembed.records import AnyText, TokenText
 from asyncembed.server.faults import ApiError, too_large
 from asyncembed.server.settings import ServerSettings
 
 FORMATS = ("float", "base64")
+
+KINDS: dict[str | None, Kind] = {
+    None: "text",
+    "query": "query",
+    "search_query": "query",
+    "document": "document",
+    "search_document": "document",
+    "passage": "document",
+}
+"""What the values of `input_type` mean that clients of several services send."""
 
 ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F]..)|.)", re.DOTALL)
 """An escape of JSON: a whole surrogate pair, half of one, or any other."""
@@ -44,6 +54,9 @@ class EmbeddingsRequest:
         model: The name it gives the model; None if it names none.
         encoding_format: `float` or `base64`.
         dimensions: How many of each vector's; None for all.
+        kind: What the texts are for.
+        prompt_name: Name of one of the model's prompts; None for that of the kind.
+        task: Name of one of the model's routes or adapters; None for that of the kind.
     """
 
     inputs: list[AnyText]
@@ -51,6 +64,9 @@ class EmbeddingsRequest:
     model: str | None
     encoding_format: str
     dimensions: int | None
+    kind: Kind = "text"
+    prompt_name: str | None = None
+    task: str | None = None
 
 
 def parse_request(body: bytes, settings: ServerSettings) -> EmbeddingsRequest:
@@ -62,9 +78,10 @@ def parse_request(body: bytes, settings: ServerSettings) -> EmbeddingsRequest:
     asked = _loads(body)
     if not isinstance(asked, dict):
         raise ApiError(400, f"the body is a JSON {_kind(asked)}; it must be an object with 'input' and 'model'")
-    model, form, dimensions = asked.get("model"), asked.get("encoding_format"), asked.get("dimensions")
-    if model is not None and not isinstance(model, str):
-        raise ApiError(400, f"'model' must be a string, not {_kind(model)}", param="model")
+    form, dimensions, input_type = asked.get("encoding_format"), asked.get("dimensions"), asked.get("input_type")
+    for name in ("model", "prompt_name", "task"):
+        if not isinstance(asked.get(name), str | None):
+            raise ApiError(400, f"'{name}' must be a string, not {_kind(asked[name])}", param=name)
     if form is not None and form not in FORMATS:
         raise ApiError(
             400, f"'encoding_format' must be 'float' or 'base64', not {_shown(form)}", param="encoding_format"
@@ -73,10 +90,22 @@ def parse_request(body: bytes, settings: ServerSettings) -> EmbeddingsRequest:
         raise ApiError(
             400, f"'dimensions' must be a whole number of at least 1, not {_shown(dimensions)}", param="dimensions"
         )
+    if not isinstance(input_type, str | None) or input_type not in KINDS:
+        known = ", ".join(f"'{name}'" for name in KINDS if name)
+        raise ApiError(400, f"'input_type' must be one of {known}, not {_shown(input_type)}", param="input_type")
     if asked.get("input") is None:
         raise ApiError(400, "'input' is missing: a string, a list of strings, or token ids", param="input")
     inputs, is_list = _inputs(asked["input"], settings)
-    return EmbeddingsRequest(inputs, is_list, model, form or "float", dimensions)
+    return EmbeddingsRequest(
+        inputs,
+        is_list,
+        asked.get("model"),
+        form or "float",
+        dimensions,
+        KINDS[input_type],
+        asked.get("prompt_name"),
+        asked.get("task"),
+    )
 
 
 def parse_gzip_request(packed: bytes, settings: ServerSettings) -> EmbeddingsRequest:

@@ -6,6 +6,7 @@ import gzip
 import json
 import tracemalloc
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from asyncembed import AsyncEmbedder
+from tests.fakes import FakeEncoder
 from tests.server.running import client, opened
 
 PATH = "/v1/embeddings"
@@ -163,3 +165,76 @@ async def test_texts_that_were_cut_are_counted(encoder: Any) -> None:
         await http.post(PATH, json={"input": ["a heron", "on the river " * 200, "in the mud " * 300]})
         figures = (await http.get("/metrics")).text
     assert "asyncembed_truncations_total 2.0" in figures.splitlines()
+
+
+async def test_blank_text_is_answered_as_encode_does_and_its_neighbours_with_it(encoder: Any, model: Any) -> None:
+    """A blank is what clients send in the place of an empty text, which OpenAI refuses."""
+    texts = ["a heron", " ", "\n\t", "\u3000\u200b"]
+    async with opened(AsyncEmbedder(encoder)) as service, client(service) as http:
+        found = await http.post(PATH, json={"input": texts})
+        alone = await http.post(PATH, json={"input": " "})
+        error = error_of(await http.post(PATH, json={"input": ["a heron", ""]}), 400)
+    np.testing.assert_allclose(vectors_of(found), model.encode(texts), atol=1e-5)
+    np.testing.assert_allclose(vectors_of(alone), model.encode([" "]), atol=1e-5)
+    assert alone.json()["usage"]["prompt_tokens"] == 0
+    assert error["param"] == "input[1]"
+
+
+async def test_blank_text_of_which_the_model_makes_nothing_is_an_error() -> None:
+    """A vector of zeros, or one that is not finite, is never answered."""
+    encoder = FakeEncoder()
+    encoder.finish = lambda handle: np.zeros((len(handle.chunks), 4), np.float32)  # type: ignore[method-assign]
+    async with opened(AsyncEmbedder(encoder)) as service, client(service) as http:
+        error = error_of(await http.post(PATH, json={"input": " "}), 400)
+    assert "zeros" in error["message"]
+
+
+@pytest.fixture
+def prompted(model: Any) -> Iterator[Any]:
+    """The real model with a prompt for queries and one of another name."""
+    before = dict(model.prompts)
+    model.prompts.update({"query": "find: ", "title": "a title: "})
+    yield model
+    model.prompts.clear()
+    model.prompts.update(before)
+
+
+async def test_input_type_and_prompt_name_choose_the_prompt(prompted: Any) -> None:
+    text = "a heron on the river"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, ""),
+        ({"input_type": None, "prompt_name": None, "task": None}, ""),
+        ({"input_type": "query"}, "find: "),
+        ({"input_type": "search_query"}, "find: "),
+        ({"input_type": "document"}, ""),
+        ({"input_type": "search_document"}, ""),
+        ({"input_type": "passage", "task": "document"}, ""),
+        ({"prompt_name": "title"}, "a title: "),
+        ({"prompt_name": "query", "task": "query"}, "find: "),
+        ({"prompt_name": "title", "input_type": "query"}, "a title: "),
+    ]
+    async with opened(AsyncEmbedder(prompted)) as service, client(service) as http:
+        for fields, prompt in cases:
+            found = vectors_of(await http.post(PATH, json={"input": [text], **fields}))
+            np.testing.assert_allclose(found, prompted.encode([text], prompt=prompt), atol=1e-5, err_msg=str(fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("input_type", "classification"),
+        ("input_type", "Query"),
+        ("input_type", ["query"]),
+        ("input_type", ""),
+        ("prompt_name", "no such"),
+        ("prompt_name", "x" * 100_000),
+        ("prompt_name", 5),
+        ("task", "no such"),
+        ("task", {"a": 1}),
+    ],
+)
+async def test_instruction_that_the_model_has_not_is_refused(encoder: Any, field: str, value: Any) -> None:
+    async with opened(AsyncEmbedder(encoder)) as service, client(service) as http:
+        error = error_of(await http.post(PATH, json={"input": ["a heron"], field: value}), 400)
+    assert error["param"] == field
+    assert len(error["message"]) < 500
