@@ -270,11 +270,13 @@ async def _is_gone(receive: Receive) -> bool:
 
 _PATHS = "see / for help"
 _API = re.compile(r"/+(?:v1/+)?(embeddings/*|models(?:/.*)?)", re.DOTALL)
+_ORIGIN = re.compile(r"^https?://[^/]*")
 _KNOWN = frozenset({"/v1/embeddings", "/v1/models", "/health", "/metrics", "/"})
 
 
 def plain_path(path: str, root: str) -> str:
     """A path the way the routes name it: without a proxy's prefix and slashes at the end, and under `/v1`."""
+    path = _ORIGIN.sub("", path)  # clients that take this for a proxy send the whole URL
     if path == root or path.startswith(f"{root}/"):  # some proxies take it off, some do not
         path = path[len(root) :]
     found = _API.fullmatch(path)

@@ -94,8 +94,10 @@ def parse_request(body: bytes, settings: ServerSettings) -> EmbeddingsRequest:
         known = ", ".join(f"'{name}'" for name in KINDS if name)
         raise ApiError(400, f"'input_type' must be one of {known}, not {_shown(input_type)}", param="input_type")
     if asked.get("input") is None:
-        raise ApiError(400, "'input' is missing: a string, a list of strings, or token ids", param="input")
-    inputs, is_list = _inputs(asked["input"], settings)
+        raise ApiError(400, "'input' is missing: a string, or a list of strings", param="input")
+    inputs, is_list = _inputs(asked["input"], settings.max_inputs)
+    if isinstance(inputs[0], TokenText) and not settings.accept_token_ids:
+        raise ApiError(400, TOKEN_IDS_REFUSED, param="input", code="token_ids_not_accepted")
     return EmbeddingsRequest(
         inputs,
         is_list,
@@ -175,7 +177,7 @@ def _as_base64(vector: Any) -> bytes:
     return b'"%b"' % base64.b64encode(vector)
 
 
-def _inputs(given: Any, settings: ServerSettings) -> tuple[list[AnyText], bool]:
+def _inputs(given: Any, max_inputs: int) -> tuple[list[AnyText], bool]:
     # 1. A string. 2. A list of strings. 3. Token ids. 4. A list of token ids.
     if isinstance(given, str):
         return [_text(given, "input")], False
@@ -184,8 +186,6 @@ def _inputs(given: Any, settings: ServerSettings) -> tuple[list[AnyText], bool]:
     if not given:
         raise ApiError(400, "'input' is an empty list", param="input")
     kinds = set(map(type, given))
-    if kinds <= {int, list} and not settings.accept_token_ids:
-        raise ApiError(400, TOKEN_IDS_REFUSED, param="input", code="token_ids_not_accepted")
     if kinds == {int}:
         return [_ids(given, "input")], False
     if kinds not in ({str}, {list}):
@@ -195,8 +195,8 @@ def _inputs(given: Any, settings: ServerSettings) -> tuple[list[AnyText], bool]:
             f"this list holds {', '.join(sorted(map(_name, kinds)))}",
             param="input",
         )
-    if len(given) > settings.max_inputs:
-        message = f"'input' holds {len(given)} texts; this server takes {settings.max_inputs} in a request"
+    if len(given) > max_inputs:
+        message = f"'input' holds {len(given)} texts; this server takes {max_inputs} in a request"
         raise ApiError(400, message, param="input")
     read = _text if kinds == {str} else _ids
     return [read(one, f"input[{index}]") for index, one in enumerate(given)], True
@@ -212,7 +212,7 @@ def _ids(ids: Sequence[Any], place: str) -> AnyText:
     if not ids:
         raise ApiError(400, f"'{place}' is an empty list", param=place)
     if set(map(type, ids)) != {int}:
-        raise ApiError(400, f"'{place}' must hold whole numbers only: token ids", param=place)
+        raise ApiError(400, f"'{place}' is a list: it must hold whole numbers only, token ids", param=place)
     try:
         return TokenText.of(ids)
     except OverflowError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
+import socket
 import tracemalloc
 import zlib
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ import pytest
 
 from asyncembed import AsyncEmbedder
 from tests.fakes import FakeEncoder
-from tests.server.running import client, opened
+from tests.server.running import ServerProcess, client, opened
 
 PATH = "/v1/embeddings"
 
@@ -34,7 +36,7 @@ def vectors_of(answer: httpx.Response) -> Any:
     return np.array([one["embedding"] for one in answer.json()["data"]])
 
 
-@pytest.mark.parametrize("ids", [[[64, 1203, 263], [15339]], [64, 1203, 263], [[64], 1203]])
+@pytest.mark.parametrize("ids", [[[64, 1203, 263], [15339]], [64, 1203, 263]])
 async def test_request_of_token_ids_is_refused_and_names_the_cure(encoder: Any, ids: Any) -> None:
     """As LangChain's `OpenAIEmbeddings` makes them, with the vocabulary of another model."""
     async with opened(AsyncEmbedder(encoder)) as service, client(service) as http:
@@ -67,6 +69,48 @@ async def test_byte_order_mark_before_the_body_is_passed_over_and_other_encoding
         for encoding in ("latin-1", "utf-16"):
             error = error_of(await http.post(PATH, content=body.encode(encoding)), 400)
             assert "not UTF-8" in error["message"]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """Of a server process, beside an HTTP parser that uvicorn would prefer, and that loses bodies."""
+    folder = tmp_path_factory.mktemp("parser")
+    (folder / "httptools.py").write_text("raise RuntimeError('this parser loses the bodies of requests with Upgrade')")
+    with ServerProcess(PYTHONPATH=str(folder)) as server:
+        host, port = server.wait_ready().removeprefix("http://").split(":")
+        yield host, int(port)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        assert server.process.stderr is not None
+        assert server.process.stderr.read().splitlines()[1:] == []  # nothing but that it ends
+
+
+BODY = b'{"input": "a heron"}'
+LENGTH = b"Content-Length: %d" % len(BODY)
+UPGRADE = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAAP__")
+
+
+@pytest.mark.parametrize(
+    ("line", "headers", "body"),
+    [
+        (b"POST /v1/embeddings HTTP/1.1", [b"Host: x", LENGTH, *UPGRADE], BODY),
+        (b"POST /embeddings HTTP/1.0", [LENGTH], BODY),
+        (b"POST http://x/v1/embeddings HTTP/1.1", [b"Host: x", LENGTH], BODY),
+        (b"POST /v1/embeddings?api-version=1 HTTP/1.1", [b"Host: x", LENGTH, b"Content-Type: text/plain"], BODY),
+        (
+            b"POST /v1/embeddings HTTP/1.1",
+            [b"Host: x", b"Transfer-Encoding: chunked"],
+            b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY),
+        ),
+    ],
+    ids=["Java offers HTTP/2", "HTTP/1.0", "a proxy's line", "no JSON by its type", "chunked"],
+)
+def test_request_as_another_http_client_makes_it_is_answered(
+    address: tuple[str, int], line: bytes, headers: list[bytes], body: bytes
+) -> None:
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(b"\r\n".join([line, *headers, b"", body]))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
 
 
 ORIGIN = "https://app.example.org"
