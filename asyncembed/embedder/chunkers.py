@@ -34,7 +34,7 @@ class InstructionChunkers:
         self._inputs: dict[str | None, tuple[Tokenizer, int]] = {}
         self._chunkers: OrderedDict[Instruction, Chunker] = OrderedDict()
         prompt = prompt_of(encoder, options.prompt, options.prompt_name)
-        task = task_of(encoder, options.task) if options.task is not None else None
+        task = getattr(encoder, "first_task", None) if options.task is None else task_of(encoder, options.task)
         self.chunk_size = self._chunker(Instruction(prompt, task)).chunk_size
 
     def __call__(self, submissions: Sequence[Submission]) -> list[ChunkedText]:
