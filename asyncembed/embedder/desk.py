@@ -18,6 +18,7 @@ from asyncembed.errors import OverloadedError, TextError
 from asyncembed.intake import Submission
 from asyncembed.lane import INTERACTIVE, Lane
 from asyncembed.records import AnyText
+from asyncembed.splitting import SECTION_CHARS
 from asyncembed.wording import plural
 
 
@@ -274,8 +275,10 @@ class Desk:
 
 
 def _may_be_blank(text: AnyText) -> bool:
-    """Whether a text has nothing but blanks, control characters and marks."""
-    return isinstance(text, str) and all(unicodedata.category(character)[0] in "ZCM" for character in text)
+    """Whether a text has nothing but blanks, control characters and marks; a long one: nothing but blanks."""
+    if not isinstance(text, str) or len(text) > SECTION_CHARS:
+        return isinstance(text, str) and text.isspace()
+    return all(unicodedata.category(character)[0] in "ZCM" for character in text)
 
 
 async def _next_turn() -> None:

@@ -190,8 +190,8 @@ class _Routes:
 
     async def _asked(self, request: Request) -> EmbeddingsRequest:
         """What the body asks for. The body is held in here only: it is gone before the model is waited for."""
-        encoding = request.headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in ("identity", "gzip"):
+        encoding = request.headers.get("content-encoding", "").strip().lower()
+        if encoding not in ("", "identity", "gzip"):
             message = f"a body with Content-Encoding {encoding[:40]!r} is not read here; send it with gzip or with none"
             raise ApiError(415, message, code="unsupported_encoding", headers={"Accept-Encoding": "gzip"})
         settings = self._service.settings

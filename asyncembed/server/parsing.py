@@ -82,6 +82,8 @@ def _origins(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 
 def _prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """With a slash before it and none behind."""
+    if re.search(r"[?#]|://", value):
+        raise click.BadParameter(f"{value!r} is no path; give what comes behind the host, such as /embed", ctx, param)
     return f"/{value.strip('/')}" if value.strip("/") else ""
 
 

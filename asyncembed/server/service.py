@@ -127,7 +127,7 @@ class Service:
         """What a client is told of an error; the error itself if nobody foresaw it."""
         if isinstance(error, TextError):
             place = f"input[{error.index}]" if asked.is_list else "input"
-            message = f"'{place}' cannot be embedded: {error.reason}"
+            message = f"'{place}' cannot be embedded: {shortened(error.reason, 400)}"
             return ApiError(400, message, param=place, code="text_not_embeddable")
         if isinstance(error, OverloadedError):
             if not error.can_fit:

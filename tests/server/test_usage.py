@@ -62,6 +62,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
         (["--api-key", " "], "the API key is empty"),
         (["--api-key", ""], "the API key is empty"),
         (["--dtype", "int3"], "int3"),
+        (["--root-path", "https://example.org/embed"], "is no path"),
         (["--cors-origin", "app.example.org"], "is no origin"),
         (["--cors-origin", "https://app.example.org/page"], "is no origin"),
     ],

@@ -18,6 +18,7 @@ import pytest
 from asyncembed import AsyncEmbedder
 from tests.fakes import FakeEncoder
 from tests.server.running import ServerProcess, client, opened
+from tests.world.test_tasks import TEXTS, adapted, router
 
 PATH = "/v1/embeddings"
 
@@ -282,3 +283,31 @@ async def test_instruction_that_the_model_has_not_is_refused(encoder: Any, field
         error = error_of(await http.post(PATH, json={"input": ["a heron"], field: value}), 400)
     assert error["param"] == field
     assert len(error["message"]) < 500
+
+
+async def test_input_type_and_task_choose_the_route() -> None:
+    model = router(allow_empty_key=False)
+    async with opened(AsyncEmbedder(model)) as service, client(service) as http:
+        for fields, task in (
+            ({"input_type": "search_query"}, "query"),
+            ({"input_type": "passage"}, "document"),
+            ({"task": "query"}, "query"),
+            ({"task": "document", "input_type": "query"}, "document"),
+        ):
+            found = vectors_of(await http.post(PATH, json={"input": TEXTS, **fields}))
+            np.testing.assert_allclose(found, model.encode(TEXTS, task=task), atol=1e-5)
+        for fields in ({}, {"task": "no such"}):
+            error = error_of(await http.post(PATH, json={"input": TEXTS, **fields}), 400)
+            assert (error["param"], "'query'" in error["message"]) == ("task", True)
+
+
+async def test_task_chooses_the_adapter_and_one_that_is_not_there_harms_no_one() -> None:
+    model = adapted()
+    async with opened(AsyncEmbedder(model)) as service, client(service) as http:
+        error = error_of(await http.post(PATH, json={"input": TEXTS, "task": "no such" * 10_000}), 400)
+        found = vectors_of(await http.post(PATH, json={"input": TEXTS, "task": "retrieval.query"}))
+        plain = vectors_of(await http.post(PATH, json={"input": TEXTS}))
+    assert "no such" in error["message"]
+    assert len(error["message"]) < 500
+    np.testing.assert_allclose(found, model.encode(TEXTS, task="retrieval.query"), atol=1e-5)
+    np.testing.assert_allclose(plain, model.encode(TEXTS), atol=1e-5)
