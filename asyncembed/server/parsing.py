@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from asyncembed.cli.options import GROUPS, MODEL, GroupedOption, job_options
+from asyncembed.cli.options import GROUPS, MODEL, TEXTS, GroupedOption, job_options
 from asyncembed.cli.parsing import GroupedCommand, version_option
 from asyncembed.errors import OptionsError
 from asyncembed.options import parse_bytes
@@ -55,6 +55,7 @@ TAKEN = (
     "chunk_overlap",
     "prompt",
     "prompt_name",
+    "task",
     "normalize_embeddings",
     "truncate_dim",
     "batch_size",
@@ -106,7 +107,7 @@ def _settings(**values: Any) -> ServerSettings:
         raise click.UsageError(f"the API key is empty; without --api-key and {KEY_VARIABLE} everyone is let in")
     options = {name: values.pop(name) for name in TAKEN if name != "model"}
     options["max_pending_bytes"] = values.pop("max_pending_bytes") or None
-    options["cache_bytes"] = values.pop("cache_bytes")
+    options |= {name: values.pop(name) for name in ("cache_bytes", "query_prompt", "document_prompt")}
     return ServerSettings(options=options, api_key=api_key, **values)
 
 
@@ -140,6 +141,9 @@ def _server_options() -> list[click.Parameter]:
         GroupedOption(["--accept-token-ids"], is_flag=True, group=MODEL,
                       help="Take token ids in the place of texts, for clients that have this model's own tokenizer. "
                       "Ids of another one, as LangChain's OpenAIEmbeddings sends by default, give wrong vectors."),
+        GroupedOption(["--query-prompt"], metavar="TEXT", group=TEXTS,
+                      help="Put before queries (input_type), for models that do not say it themselves."),
+        GroupedOption(["--document-prompt"], metavar="TEXT", group=TEXTS, help="The same for documents."),
         GroupedOption(["--max-body-bytes"], type=click.UNPROCESSED, callback=_amount, metavar="SIZE",
                       default=DEFAULT_BODY_BYTES, show_default="16MiB", group=LIMITS, help="Most bytes of a request."),
         GroupedOption(["--max-inputs"], type=click.IntRange(min=1), default=DEFAULT_INPUTS, metavar="N",

@@ -91,7 +91,8 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch) -> N
         "--model m --host 0.0.0.0 --port 9 --alias a --alias b --max-body-bytes 1KiB --max-inputs 3 "
         "--max-pending-bytes 1MB --cache-bytes 2MB --drain-s 4.5 --device cpu --backend torch --dtype float32 "
         "--long-texts error --truncate-dim 8 --token-limit 77 --allow-pickle --accept-token-ids "
-        "--cors-origin https://App.example.org:8443/ --cors-origin '*' --root-path embed/"
+        "--cors-origin https://App.example.org:8443/ --cors-origin '*' --root-path embed/ "
+        "--task query --query-prompt 'query: ' --document-prompt ''"
     )
     found = parse(shlex.split(line))
     assert isinstance(found, ServerSettings)
@@ -103,7 +104,7 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch) -> N
     expected = {
         "max_pending_bytes": 10**6, "cache_bytes": 2 * 10**6, "device": "cpu", "backend": "torch", "dtype": "float32",
         "long_texts": "error", "truncate_dim": 8, "token_limit": 77, "prompt": None,
-        "allow_pickle": True,
+        "allow_pickle": True, "task": "query", "query_prompt": "query: ", "document_prompt": "",
     }  # fmt: skip
     assert expected.items() <= dict(found.options).items()
 

@@ -264,6 +264,15 @@ async def test_input_type_and_prompt_name_choose_the_prompt(prompted: Any) -> No
             np.testing.assert_allclose(found, prompted.encode([text], prompt=prompt), atol=1e-5, err_msg=str(fields))
 
 
+async def test_prompts_of_the_server_serve_models_that_name_none(encoder: Any, model: Any) -> None:
+    """Some models want `query: ` before queries and say so on their page only."""
+    embedder = AsyncEmbedder(encoder, query_prompt="query: ", document_prompt="passage: ")
+    async with opened(embedder) as service, client(service) as http:
+        for input_type, prompt in (("query", "query: "), ("passage", "passage: "), (None, "")):
+            found = vectors_of(await http.post(PATH, json={"input": TEXTS, "input_type": input_type}))
+            np.testing.assert_allclose(found, model.encode(TEXTS, prompt=prompt), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
