@@ -77,8 +77,6 @@ def _load(options: EmbedOptions, dtype: str | None) -> Encoder:
     if isinstance(model, (str, os.PathLike)):
         return _load_by_name(model, options, dtype)
     if isinstance(model, Encoder):
-        if options.prompt_name is not None:
-            raise OptionsError("prompt_name names a prompt of a SentenceTransformer; this encoder has none")
         return model
     if hasattr(model, "encode") and hasattr(model, "preprocess"):
         return _wrap_live(model, options)

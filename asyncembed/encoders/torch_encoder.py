@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
 from asyncembed.encoders.base import FloatMatrix, Tokenizer
+from asyncembed.encoders.tasks import first_task, resolve_task, route_of, router_of, takes_tasks, task_limit
 from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer
 from asyncembed.encoders.weights import hash_tensors
 from asyncembed.errors import ModelError, OptionsError
@@ -27,7 +29,8 @@ class TorchEncoder:
     """Runs a SentenceTransformer on rows of token ids.
 
     Where the model's own preprocessing does no more than tokenise and pad (checked on a probe text), the ids go
-    straight in; otherwise the chunk's text goes through the model's own preprocessing.
+    straight in; otherwise, and always in a model that has several tasks, the chunk's text goes through the model's own
+    preprocessing.
 
     Args:
         model: The SentenceTransformer, in place on its device.
@@ -65,7 +68,12 @@ class TorchEncoder:
         if self._tokenizer is None:
             raise ModelError(f"{self.name} has no tokenizer: it takes no texts")
         self.max_tokens = _max_tokens_of(model)
-        self.fast_tokenizer = self._find_fast()
+        self.fast_tokenizer = _fast(self._tokenizer)
+        self.has_routes = router_of(model) is not None
+        self.first_task = first_task(model)
+        self._takes_tasks = takes_tasks(model)
+        self._tried: set[str] = set()
+        self._running = threading.Lock()
         self._features: dict[str, Any] = {}
         self._takes_ids = self._probe()
         pools_without = any(getattr(module, "include_prompt", True) is False for module in model.children())
@@ -77,21 +85,42 @@ class TorchEncoder:
 
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of the caller's own."""
-        if self.fast_tokenizer is None:
-            return SlowTokenizer(self._tokenizer)
-        return FastTokenizer(self.fast_tokenizer, getattr(self._tokenizer, "unk_token", None))
+        return _copy_of(self._tokenizer)
+
+    def resolve_task(self, task: str | None) -> str | None:
+        """The task as far as it matters to the model.
+
+        Raises:
+            OptionsError: The model has no such route; the message names those it has.
+        """
+        return resolve_task(self.model, task)
+
+    def input_of(self, task: str | None) -> tuple[Tokenizer, int]:
+        """A tokenizer of the caller's own, and the most tokens of a row, for a task. May be called from any thread.
+
+        Raises:
+            OptionsError: The model does not take the task.
+        """
+        if not self._takes_tasks:
+            return self.tokenizer(), self.max_tokens
+        route = route_of(self.model, task if self.has_routes else None)
+        self._try(task)
+        tokenizer = route.tokenizer if route.tokenizer is not None else self._tokenizer
+        return _copy_of(tokenizer), min(_max_tokens_of(route), task_limit(route, task) or _UNBOUNDED)
 
     def start(self, batch: Batch) -> Any:
         """Run a batch; on a GPU the work is only queued."""
         import torch
 
-        with torch.inference_mode():
+        with self._running, torch.inference_mode():
             if not self._sees_prompts:
                 return self._forward(batch)
             vectors = torch.empty((len(batch.chunks), self.dim), device=self.model.device, dtype=torch.float32)
-            for prompt, rows in _rows_by_prompt(batch).items():
-                part = Batch(tuple(batch.chunks[row] for row in rows))
-                vectors[rows] = self._forward(part, prompt)[:, : self.dim].float()
+            for (prompt, task), rows in _rows_by_instruction(batch).items():
+                found = self._forward(Batch(tuple(batch.chunks[row] for row in rows)), prompt, task)
+                if self.has_routes and found.shape[1] != self.dim and self.model.truncate_dim is None:
+                    raise ValueError(f"task={task!r} gives vectors of {found.shape[1]} numbers, not of {self.dim}")
+                vectors[rows] = found[:, : self.dim].float()
             return vectors
 
     def finish(self, handle: Any) -> FloatMatrix:
@@ -136,13 +165,24 @@ class TorchEncoder:
             return None
         return {name: value for name, value in self._features.items() if name != "prompt_length"}, self._types
 
-    def _find_fast(self) -> RustTokenizer | None:
-        backend = getattr(self._tokenizer, "backend_tokenizer", self._tokenizer)
-        return backend if isinstance(backend, RustTokenizer) else None
+    def _try(self, task: str | None) -> None:
+        """Have the model itself say whether it takes a task, where only it knows."""
+        if self.has_routes or task is None or task in self._tried:
+            return
+        import torch
+
+        try:
+            with self._running, torch.inference_mode():
+                features = self._on_device(dict(self.model.preprocess([_PROBE], task=task)))
+                self.model(features, task=task)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise OptionsError(f"the model does not take task={task!r}: {said}") from error
+        self._tried.add(task)
 
     def _probe(self) -> bool:
         """Whether our ids are what the model's own preprocessing makes; remembers which features it wants."""
-        if self.fast_tokenizer is None:
+        if self.fast_tokenizer is None or self._takes_tasks:
             return False
         features = dict(self.model.preprocess([_PROBE], prompt=self.prompt or None))
         if not {"input_ids", "attention_mask"} <= set(features) <= _PLAIN_FEATURES:
@@ -155,19 +195,22 @@ class TorchEncoder:
         theirs = features["input_ids"][0]
         return bool(len(theirs) == len(own) and (theirs.numpy() == own).all() and features["attention_mask"].all())
 
-    def _forward(self, batch: Batch, prompt: str = "") -> Any:
-        """Vectors of a batch, whose rows have one prompt where the model is told of it."""
-        features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt)
+    def _forward(self, batch: Batch, prompt: str = "", task: str | None = None) -> Any:
+        """Vectors of a batch, whose rows have one prompt and task where the model is told of them."""
+        told = {} if task is None else {"task": task}
+        features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt, told)
         if self._takes_ids and self._sees_prompts:
             features.pop("prompt_length", None)
             told = dict(self.model.preprocess([_PROBE], prompt=prompt or None))
             if "prompt_length" in told:
                 features["prompt_length"] = told["prompt_length"]
-        features = {
+        return self.model(self._on_device(features), **told)["sentence_embedding"]
+
+    def _on_device(self, features: dict[str, Any]) -> dict[str, Any]:
+        return {
             name: value.to(self.model.device, non_blocking=True) if hasattr(value, "to") else value
             for name, value in features.items()
         }
-        return self.model(features)["sentence_embedding"]
 
     def _from_ids(self, batch: Batch) -> dict[str, Any]:
         import torch
@@ -185,16 +228,26 @@ class TorchEncoder:
             features["token_type_ids"] = torch.zeros((rows, longest), dtype=torch.int64)
         return features
 
-    def _from_texts(self, batch: Batch, prompt: str) -> dict[str, Any]:
+    def _from_texts(self, batch: Batch, prompt: str, told: dict[str, str]) -> dict[str, Any]:
         texts = [chunk.text for chunk in batch.chunks]
-        return dict(self.model.preprocess(texts, prompt=prompt or None))
+        return dict(self.model.preprocess(texts, prompt=prompt or None, **told))
 
 
-def _rows_by_prompt(batch: Batch) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = {}
+def _rows_by_instruction(batch: Batch) -> dict[tuple[str, str | None], list[int]]:
+    rows: dict[tuple[str, str | None], list[int]] = {}
     for row, chunk in enumerate(batch.chunks):
-        rows.setdefault(chunk.prompt, []).append(row)
+        rows.setdefault((chunk.prompt, chunk.task), []).append(row)
     return rows
+
+
+def _fast(tokenizer: Any) -> RustTokenizer | None:
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    return backend if isinstance(backend, RustTokenizer) else None
+
+
+def _copy_of(tokenizer: Any) -> Tokenizer:
+    fast = _fast(tokenizer)
+    return SlowTokenizer(tokenizer) if fast is None else FastTokenizer(fast, getattr(tokenizer, "unk_token", None))
 
 
 def _name_of(model: Any) -> str:
