@@ -47,19 +47,21 @@ class EmbeddingGenerator:
         while generator.fill_texts(iterator) or generator.n_waiting:
             chunks = generator.find_best_chunks()
             try:
-                vectors = generator.embed(chunks)
+                generator.embed(chunks)
             except Exception as error:
                 generator.fail(chunks, error)
             else:
-                generator.succeed(chunks, vectors)
+                generator.succeed(chunks)
             generator.save_data()
             generator.remove_completed_texts()
         embeddings = generator.load_average_embeddings_with_fallback()
 
     Args:
         model: A `SentenceTransformer` (it stays where it is, on torch), a name, or a path.
-        model_settings: Keyword arguments of its `encode`: `device`, `batch_size` (here the most rows of a batch),
-            `normalize_embeddings`, `prompt`, `prompt_name`, `truncate_dim`, `show_progress_bar`.
+        model_settings: Keyword arguments of its `encode`. `device`, `batch_size` (here the most rows of a batch),
+            `normalize_embeddings`, `prompt`, `prompt_name`, `truncate_dim`, `task` and `show_progress_bar` act; what
+            only says how `encode` computes or in which container it answers (`convert_to_tensor`, `pool`, …) is taken
+            and changes nothing.
         save_path: Folder of the results; None keeps them in memory only.
         max_memory_usage: Bytes that texts in flight may take; None decides from what is free.
 
@@ -182,11 +184,11 @@ class EmbeddingGenerator:
         return self._pipeline().fill(iterator)
 
     def find_best_chunks(self) -> list[Chunk]:
-        """The chunks that should run next, together; none if nothing waits."""
+        """The chunks that should run next, together, the same until they are embedded or failed; none if none wait."""
         return self._pipeline().next_chunks()
 
     def embed(self, chunks: Sequence[Chunk]) -> FloatMatrix:
-        """Their vectors, shape `(len(chunks), dim)` float32.
+        """Their vectors, shape `(len(chunks), dim)` float32, recorded as those of the chunks in hand.
 
         Raises:
             ModelOutOfMemoryError: They do not fit into memory together: call `fail`.
@@ -195,8 +197,16 @@ class EmbeddingGenerator:
         """
         return self._pipeline().embed(chunks)
 
-    def succeed(self, chunks: Sequence[Chunk], vectors: FloatMatrix) -> None:
-        """Hand in the vectors of chunks."""
+    def succeed(self, chunks: Sequence[Chunk], vectors: FloatMatrix | None = None) -> None:
+        """The limit of a batch learns that they ran; optional.
+
+        Args:
+            chunks: The chunks.
+            vectors: Shape `(len(chunks), dim)` float32, if they were made elsewhere and not by `embed`.
+
+        Raises:
+            OptionsError: `embed` has recorded other vectors, or there are none.
+        """
         self._pipeline().succeed(chunks, vectors)
 
     def fail(self, chunks: Sequence[Chunk], error: BaseException | None = None) -> None:
@@ -208,7 +218,8 @@ class EmbeddingGenerator:
                 and is kept as the text's reason.
 
         Raises:
-            ModelError: The error says that the device is dead.
+            ModelError: The error says that the device is dead, or the model, tried again on a chunk that it took
+                before, fails on all.
         """
         self._pipeline().fail(chunks, error)
 
