@@ -13,6 +13,7 @@ from tqdm import tqdm
 from asyncembed.assembly import Assembler
 from asyncembed.chunking import TokenCounter
 from asyncembed.consumer import LimitEstimator
+from asyncembed.embedder.forks import watch
 from asyncembed.encode_settings import options_of
 from asyncembed.encoders import Encoder, FloatMatrix, input_of, instruction_of
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
@@ -29,6 +30,12 @@ from asyncembed.sources.handoff import Handoff
 from asyncembed.splitting import TextSplitter, default_splitter
 from asyncembed.steps import PipelineSteps
 from asyncembed.stream import EmbedStream
+
+_UNUSED: dict[str, Any] = {"_loaded": None, "_limits": None, "_steps": None}
+"""The attributes of a generator that was not used yet."""
+
+_of_parents: list[dict[str, Any]] = []
+"""What a forked child has of its parent's generators: dropped, it would end threads and locks that are the parent's."""
 
 
 class EmbeddingGenerator:
@@ -85,7 +92,8 @@ class EmbeddingGenerator:
             model=model, save_path=save_path, max_memory_usage=max_memory_usage, **options_of(settings)
         )
         self.max_memory_usage = MemoryBudget(self._options.max_memory_bytes).max_bytes
-        self.progress_bar = tqdm(unit=" texts", disable=not settings.get("show_progress_bar"), delay=0.1)
+        self._is_quiet = not settings.get("show_progress_bar")
+        self.progress_bar = self._new_bar()
         self._loaded: Encoder | None = None
         self._token_counter: Callable[[str], int] | None = None
         self._splitter: TextSplitter | None = None
@@ -93,6 +101,27 @@ class EmbeddingGenerator:
         self._estimator: LimitEstimator | None = None
         self._limits: LimitKeeper | None = None
         self._steps: PipelineSteps | None = None
+        watch(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of and what was replaced: copied or pickled, it loads its model where it is used."""
+        state = {**self.__dict__, **_UNUSED}
+        del state["progress_bar"]
+        if isinstance(self._token_counter, TokenCounter):
+            state["_token_counter"] = None
+        if self._splitter_is_ours:
+            state["_splitter"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.progress_bar = self._new_bar()
+        watch(self)
+
+    def orphan(self) -> None:
+        """This is a child process, made by a fork: the model's threads are the parent's, so it is loaded anew."""
+        _of_parents.append(dict(self.__dict__))
+        self.__dict__.update({**self.__getstate__(), "progress_bar": self.progress_bar})
 
     def __repr__(self) -> str:
         return f"<EmbeddingGenerator model={self._options.model!r} save_path={self._options.save_path!r}>"
@@ -262,6 +291,9 @@ class EmbeddingGenerator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _new_bar(self) -> tqdm[Any]:
+        return tqdm(unit=" texts", disable=self._is_quiet, delay=0.1)
 
     # --- delegation ---------------------------------------------------------------------------------------------
 
