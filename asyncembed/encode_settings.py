@@ -30,12 +30,16 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 _TEXTS = ("sentences", "inputs")
 
 
-def options_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options that arguments of `encode` stand for.
 
     Raises:
         OptionsError: An argument is unknown, or its value asks for what is not made here.
     """
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping):
+        raise OptionsError(f"model_settings must hold arguments of `encode` by name, as a dict; it is {settings!r}")
     for name, value in settings.items():
         if name in _ONLY and not any(value is allowed or value == allowed for allowed in _ONLY[name]):
             allowed = " or ".join(map(repr, _ONLY[name]))

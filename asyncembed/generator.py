@@ -87,12 +87,11 @@ class EmbeddingGenerator:
         save_path: str | os.PathLike[str] | None = DEFAULT_SAVE_PATH,
         max_memory_usage: int | str | None = None,
     ) -> None:
-        settings = dict(model_settings or {})
         self._options = EmbedOptions.from_kwargs(
-            model=model, save_path=save_path, max_memory_usage=max_memory_usage, **options_of(settings)
+            model=model, save_path=save_path, max_memory_usage=max_memory_usage, **options_of(model_settings)
         )
         self.max_memory_usage = MemoryBudget(self._options.max_memory_bytes).max_bytes
-        self._is_quiet = not settings.get("show_progress_bar")
+        self._is_quiet = not (model_settings or {}).get("show_progress_bar")
         self.progress_bar = self._new_bar()
         self._loaded: Encoder | None = None
         self._token_counter: Callable[[str], int] | None = None

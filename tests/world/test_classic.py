@@ -111,6 +111,11 @@ def test_setting_that_changes_the_meaning_is_refused_by_name(settings: dict[str,
         EmbeddingGenerator(FakeEncoder(), settings)
 
 
+def test_folder_in_the_place_of_the_settings_is_refused_by_name() -> None:
+    with pytest.raises(OptionsError, match=r"model_settings must hold .* by name.*'data'"):
+        EmbeddingGenerator(FakeEncoder(), "data")  # type: ignore[arg-type]  # as people write it
+
+
 def test_every_argument_of_the_installed_encode_is_known() -> None:
     from sentence_transformers import SentenceTransformer
 
