@@ -301,7 +301,7 @@ class Consumer:
         if self._failed_in_a_row < BROKEN_AFTER or self._probe is not None:
             return
         if self._passed is None:
-            raise self._broken(error)
+            raise broken_model(error)
         # Bad texts may come in a row. Whether it is the model, one that it took before will tell.
         self._probe = Batch((self._passed,))
         self._retries.appendleft(self._probe)
@@ -309,15 +309,7 @@ class Consumer:
     def _settle_probe(self, outcome: Outcome) -> None:
         self._probe, self._failed_in_a_row = None, 0
         if outcome.error is not None:
-            raise self._broken(outcome.error)
-
-    def _broken(self, error: BaseException) -> ModelError:
-        broken = ModelError(
-            f"the model failed on {BROKEN_AFTER} chunks in a row, each alone, "
-            f"the last time with: {type(error).__name__}: {error}"
-        )
-        broken.__cause__ = error
-        return broken
+            raise broken_model(outcome.error)
 
     def _withdraw(self) -> None:
         """Take back batches that were kept ready and have not begun.
@@ -335,6 +327,16 @@ class Consumer:
         rows_are_full = self._max_rows is not None and len(batch.chunks) >= self._max_rows
         part = FULL_IF_SMALL if batch.is_small else FULL
         return rows_are_full or batch.row_tokens >= part * (batch.limit or current_limit(self._estimator))
+
+
+def broken_model(error: BaseException) -> ModelError:
+    """The model is at fault, and not the texts it failed on."""
+    broken = ModelError(
+        f"the model failed on {BROKEN_AFTER} chunks in a row, each alone, "
+        f"the last time with: {type(error).__name__}: {error}"
+    )
+    broken.__cause__ = error
+    return broken
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:

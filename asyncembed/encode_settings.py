@@ -7,30 +7,66 @@ from typing import Any
 
 from asyncembed.errors import OptionsError
 
-_TO_OPTIONS = ("device", "batch_size", "normalize_embeddings", "prompt", "prompt_name", "truncate_dim", "task")
-_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
-    # Arguments of `encode` that change nothing here, with the values that say so.
+_ACT = ("device", "batch_size", "normalize_embeddings", "prompt", "prompt_name", "truncate_dim", "task")
+_CHANGE_NOTHING = (
+    "convert_to_numpy",
+    "convert_to_tensor",
+    "show_progress_bar",
+    "num_workers",
+    "pool",
+    "chunk_size",
+)
+"""What says how `encode` computes or in which container it answers, in any of its versions: taken with any value."""
+
+_ONLY: dict[str, tuple[Any, ...]] = {
     "output_value": ("sentence_embedding",),
-    "precision": ("float32",),
-    "convert_to_numpy": (True, False),
-    "convert_to_tensor": (False,),
-    "show_progress_bar": (True, False, None),
+    "precision": ("float32", None),
+    "is_pretokenized": (False, None),
+    "processing_kwargs": (None, {}),
+    "modality": ("text", None),
 }
+"""What changes the meaning of the answer, with the values that do not."""
+
+_TEXTS = ("sentences", "inputs")
 
 
-def options_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options that arguments of `encode` stand for.
 
     Raises:
         OptionsError: An argument is unknown, or its value asks for what is not made here.
     """
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping):
+        raise OptionsError(f"model_settings must hold arguments of `encode` by name, as a dict; it is {settings!r}")
     for name, value in settings.items():
-        if name in _ONLY_VALUE:
-            if value not in _ONLY_VALUE[name]:
-                allowed = " or ".join(map(repr, _ONLY_VALUE[name]))
-                raise OptionsError(f"model_settings: {name}={value!r} is not supported here, only {allowed}")
-        elif name not in _TO_OPTIONS:
+        if name in _ONLY and not any(value is allowed or value == allowed for allowed in _ONLY[name]):
+            allowed = " or ".join(map(repr, _ONLY[name]))
+            raise OptionsError(f"model_settings: {name}={value!r} is not supported here, only {allowed}")
+        if name in _TEXTS and value is not None:
+            raise OptionsError(f"model_settings: {name!r} are given when the generator is called")
+        if name not in (*_ACT, *_CHANGE_NOTHING, *_ONLY, *_TEXTS):
             raise OptionsError(
-                f"model_settings: unknown setting {name!r}; there are {', '.join([*_TO_OPTIONS, *_ONLY_VALUE])}"
+                f"model_settings: unknown setting {name!r}; there are {', '.join([*_ACT, *_CHANGE_NOTHING, *_ONLY])}"
             )
-    return {name: settings[name] for name in _TO_OPTIONS if settings.get(name) is not None}
+    found = {name: settings[name] for name in _ACT if settings.get(name) is not None}
+    if "device" in found:
+        found["device"] = _device_of(found["device"])
+    if "normalize_embeddings" in found:
+        found["normalize_embeddings"] = bool(found["normalize_embeddings"])
+    for name in ("batch_size", "truncate_dim"):
+        if hasattr(found.get(name), "item"):  # a number of NumPy or torch
+            found[name] = found[name].item()
+    return found
+
+
+def _device_of(device: Any) -> str:
+    """A device by name, as torch's object, by the number of a GPU, or as a list of one."""
+    if isinstance(device, (list, tuple)):
+        if len(device) > 1:
+            raise OptionsError(f"model_settings: device={device!r} names several; one runs here, so name one")
+        return _device_of(device[0]) if device else "auto"
+    if isinstance(device, int) and not isinstance(device, bool):
+        return f"cuda:{device}"
+    return str(device)

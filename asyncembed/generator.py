@@ -13,6 +13,7 @@ from tqdm import tqdm
 from asyncembed.assembly import Assembler
 from asyncembed.chunking import TokenCounter
 from asyncembed.consumer import LimitEstimator
+from asyncembed.embedder.forks import watch
 from asyncembed.encode_settings import options_of
 from asyncembed.encoders import Encoder, FloatMatrix, input_of, instruction_of
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
@@ -29,6 +30,12 @@ from asyncembed.sources.handoff import Handoff
 from asyncembed.splitting import TextSplitter, default_splitter
 from asyncembed.steps import PipelineSteps
 from asyncembed.stream import EmbedStream
+
+_UNUSED: dict[str, Any] = {"_loaded": None, "_limits": None, "_steps": None}
+"""The attributes of a generator that was not used yet."""
+
+_of_parents: list[dict[str, Any]] = []
+"""What a forked child has of its parent's generators: dropped, it would end threads and locks that are the parent's."""
 
 
 class EmbeddingGenerator:
@@ -47,19 +54,21 @@ class EmbeddingGenerator:
         while generator.fill_texts(iterator) or generator.n_waiting:
             chunks = generator.find_best_chunks()
             try:
-                vectors = generator.embed(chunks)
+                generator.embed(chunks)
             except Exception as error:
                 generator.fail(chunks, error)
             else:
-                generator.succeed(chunks, vectors)
+                generator.succeed(chunks)
             generator.save_data()
             generator.remove_completed_texts()
         embeddings = generator.load_average_embeddings_with_fallback()
 
     Args:
         model: A `SentenceTransformer` (it stays where it is, on torch), a name, or a path.
-        model_settings: Keyword arguments of its `encode`: `device`, `batch_size` (here the most rows of a batch),
-            `normalize_embeddings`, `prompt`, `prompt_name`, `truncate_dim`, `show_progress_bar`.
+        model_settings: Keyword arguments of its `encode`. `device`, `batch_size` (here the most rows of a batch),
+            `normalize_embeddings`, `prompt`, `prompt_name`, `truncate_dim`, `task` and `show_progress_bar` act; what
+            only says how `encode` computes or in which container it answers (`convert_to_tensor`, `pool`, …) is taken
+            and changes nothing.
         save_path: Folder of the results; None keeps them in memory only.
         max_memory_usage: Bytes that texts in flight may take; None decides from what is free.
 
@@ -78,12 +87,12 @@ class EmbeddingGenerator:
         save_path: str | os.PathLike[str] | None = DEFAULT_SAVE_PATH,
         max_memory_usage: int | str | None = None,
     ) -> None:
-        settings = dict(model_settings or {})
         self._options = EmbedOptions.from_kwargs(
-            model=model, save_path=save_path, max_memory_usage=max_memory_usage, **options_of(settings)
+            model=model, save_path=save_path, max_memory_usage=max_memory_usage, **options_of(model_settings)
         )
         self.max_memory_usage = MemoryBudget(self._options.max_memory_bytes).max_bytes
-        self.progress_bar = tqdm(unit=" texts", disable=not settings.get("show_progress_bar"), delay=0.1)
+        self._is_quiet = not (model_settings or {}).get("show_progress_bar")
+        self.progress_bar = self._new_bar()
         self._loaded: Encoder | None = None
         self._token_counter: Callable[[str], int] | None = None
         self._splitter: TextSplitter | None = None
@@ -91,6 +100,27 @@ class EmbeddingGenerator:
         self._estimator: LimitEstimator | None = None
         self._limits: LimitKeeper | None = None
         self._steps: PipelineSteps | None = None
+        watch(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of and what was replaced: copied or pickled, it loads its model where it is used."""
+        state = {**self.__dict__, **_UNUSED}
+        del state["progress_bar"]
+        if isinstance(self._token_counter, TokenCounter):
+            state["_token_counter"] = None
+        if self._splitter_is_ours:
+            state["_splitter"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.progress_bar = self._new_bar()
+        watch(self)
+
+    def orphan(self) -> None:
+        """This is a child process, made by a fork: the model's threads are the parent's, so it is loaded anew."""
+        _of_parents.append(dict(self.__dict__))
+        self.__dict__.update({**self.__getstate__(), "progress_bar": self.progress_bar})
 
     def __repr__(self) -> str:
         return f"<EmbeddingGenerator model={self._options.model!r} save_path={self._options.save_path!r}>"
@@ -182,11 +212,11 @@ class EmbeddingGenerator:
         return self._pipeline().fill(iterator)
 
     def find_best_chunks(self) -> list[Chunk]:
-        """The chunks that should run next, together; none if nothing waits."""
+        """The chunks that should run next, together, the same until they are embedded or failed; none if none wait."""
         return self._pipeline().next_chunks()
 
     def embed(self, chunks: Sequence[Chunk]) -> FloatMatrix:
-        """Their vectors, shape `(len(chunks), dim)` float32.
+        """Their vectors, shape `(len(chunks), dim)` float32, recorded as those of the chunks in hand.
 
         Raises:
             ModelOutOfMemoryError: They do not fit into memory together: call `fail`.
@@ -195,8 +225,16 @@ class EmbeddingGenerator:
         """
         return self._pipeline().embed(chunks)
 
-    def succeed(self, chunks: Sequence[Chunk], vectors: FloatMatrix) -> None:
-        """Hand in the vectors of chunks."""
+    def succeed(self, chunks: Sequence[Chunk], vectors: FloatMatrix | None = None) -> None:
+        """The limit of a batch learns that they ran; optional.
+
+        Args:
+            chunks: The chunks.
+            vectors: Shape `(len(chunks), dim)` float32, if they were made elsewhere and not by `embed`.
+
+        Raises:
+            OptionsError: `embed` has recorded other vectors, or there are none.
+        """
         self._pipeline().succeed(chunks, vectors)
 
     def fail(self, chunks: Sequence[Chunk], error: BaseException | None = None) -> None:
@@ -208,7 +246,8 @@ class EmbeddingGenerator:
                 and is kept as the text's reason.
 
         Raises:
-            ModelError: The error says that the device is dead.
+            ModelError: The error says that the device is dead, or the model, tried again on a chunk that it took
+                before, fails on all.
         """
         self._pipeline().fail(chunks, error)
 
@@ -251,6 +290,9 @@ class EmbeddingGenerator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _new_bar(self) -> tqdm[Any]:
+        return tqdm(unit=" texts", disable=self._is_quiet, delay=0.1)
 
     # --- delegation ---------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from functools import partial
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import Any
 from langchain_core.embeddings import Embeddings
 
 from asyncembed.embedder import AsyncEmbedder, Kind
+from asyncembed.embedder.forks import watch
 from asyncembed.embedder.settings import How, HowOptions, check_texts
 from asyncembed.embedder_thread import EmbedderThread
 from asyncembed.errors import AsyncEmbedError, ClosedError, TextTypeError
@@ -57,9 +59,32 @@ class AsyncEmbedEmbeddings(Embeddings):
         self._make = partial(AsyncEmbedder, model, **options)
         if self._given is None:
             self._make()  # refuses options that cannot be now, not in the thread
+        self.__setstate__(self.__dict__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of: a copy opens an embedder of its own, unless it uses one that was given."""
+        return {name: self.__dict__[name] for name in ("_how", "_given", "_make")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._thread: EmbedderThread | None = None
         self._starting = threading.Lock()
         self._closed = False
+        watch(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AsyncEmbedEmbeddings:
+        """An embedder that was given is shared."""
+        state = self.__getstate__()
+        if self._given is None:
+            state = copy.deepcopy(state, memo)
+        made = type(self).__new__(type(self))
+        made.__setstate__(state)
+        return made
+
+    def orphan(self) -> None:
+        """This is a child process, made by a fork: its own embedder is the parent's, so another is opened."""
+        if not self._closed:
+            self.__setstate__(self.__getstate__())
 
     def __repr__(self) -> str:
         return f"<AsyncEmbedEmbeddings {self._given or self._thread or 'not used yet'!r}>"

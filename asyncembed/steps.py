@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,14 @@ from asyncembed.admission import life_bytes
 from asyncembed.assembly import Assembled, Assembler
 from asyncembed.backing_off import chunk_backing_off
 from asyncembed.chunking import Chunker
-from asyncembed.consumer import LimitEstimator, current_limit
+from asyncembed.consumer import BROKEN_AFTER, LimitEstimator, broken_model, current_limit
 from asyncembed.encoders import Encoder, FailureKind, FloatMatrix, classify
-from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError
+from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError, OptionsError
 from asyncembed.heap import ChunkHeap
 from asyncembed.job import Pending
 from asyncembed.lane import WINDOW_CHUNKS, window_tokens
 from asyncembed.records import Batch, Chunk, FloatVector, Rejected, Text, text_id
-from asyncembed.runner import ModelRunner
+from asyncembed.runner import ModelRunner, Outcome
 from asyncembed.sinks import StoredText
 from asyncembed.sinks.writer import FolderWriter
 from asyncembed.step_intake import StepIntake
@@ -62,7 +63,12 @@ class PipelineSteps:
         self._writer = writer
         self._heap = ChunkHeap()
         self._retries: deque[Batch] = deque()
-        self._timed: tuple[Sequence[Chunk], float] = ((), 0.0)
+        self._in_hand: dict[Chunk, None] = {}
+        self._is_small = False
+        self._last: tuple[Sequence[Chunk], FloatMatrix, float] = ((), np.empty((0, encoder.dim), np.float32), 0.0)
+        self._second_chance: set[Chunk] = set()
+        self._failed_in_a_row = 0
+        self._passed: Chunk | None = None
         self._intake = StepIntake(max_bytes, self._life_of, self._reject)
         self._leaders: dict[str, Pending] = {}
         self._finished: deque[Pending] = deque()
@@ -96,19 +102,31 @@ class PipelineSteps:
         return self._intake.n_taken - n_before
 
     def next_chunks(self) -> list[Chunk]:
-        """The chunks that should run next, together; none if nothing waits."""
+        """The chunks that should run next, together, the same until they are embedded or failed; none if none wait."""
+        if not self._in_hand:
+            batch = self._next_batch()
+            if batch is None:
+                return []
+            self._in_hand, self._is_small = dict.fromkeys(batch.chunks), batch.is_small
+        return list(self._in_hand)
+
+    def _next_batch(self) -> Batch | None:
         limit = current_limit(self._estimator)
-        if not self._retries:
-            batch = self._heap.take(limit, self._max_rows)
-            return list(batch.chunks) if batch is not None else []
-        batch = self._retries.popleft()
-        while len(batch.chunks) > 1 and batch.padded_tokens > limit:
-            batch, rest = batch.halves()
-            self._retries.appendleft(rest)
-        return list(batch.chunks)
+        while self._retries:
+            batch = self._retries.popleft()
+            wanted = [row for row, chunk in enumerate(batch.chunks) if self._is_wanted(chunk)]
+            if not wanted:
+                continue
+            if len(wanted) < len(batch.chunks):
+                batch = batch.part(wanted)
+            while len(batch.chunks) > 1 and batch.padded_tokens > limit:
+                batch, rest = batch.halves()
+                self._retries.appendleft(rest)
+            return batch
+        return self._heap.take(limit, self._max_rows)
 
     def embed(self, chunks: Sequence[Chunk]) -> FloatMatrix:
-        """Their vectors, shape `(len(chunks), dim)` float32.
+        """Their vectors, shape `(len(chunks), dim)` float32; they are recorded.
 
         Raises:
             ModelOutOfMemoryError: They do not fit into memory together.
@@ -117,13 +135,14 @@ class PipelineSteps:
         if not chunks:
             return np.empty((0, self._dim), np.float32)
         batch = Batch(tuple(chunks))
-        outcome = self._runner.advance(batch)
-        # Asked without another, a model that takes several batches at once finishes those under way, oldest first:
-        # one that an interrupt left behind, then this one.
-        while outcome is None or outcome.batch is not batch:
-            outcome = self._runner.advance(None)
+        outcome = self._run(batch)
         if outcome.vectors is not None:
-            self._timed = (batch.chunks, outcome.seconds)
+            # A small batch is no sample of the speed of the size in use.
+            seconds = inf if self._is_small or len(chunks) < len(self._in_hand) else outcome.seconds
+            self._last = (batch.chunks, outcome.vectors.copy(), seconds)
+            self._failed_in_a_row, self._passed = 0, batch.chunks[0]
+            self._second_chance.difference_update(batch.chunks)
+            self._record(batch.chunks, outcome.vectors)
             return outcome.vectors
         if outcome.error is None:
             raise AssertionError("a batch without vectors has an error: this is a bug")
@@ -132,19 +151,31 @@ class PipelineSteps:
         message = str(outcome.error).split("\n", 1)[0]
         raise ModelOutOfMemoryError(f"there is no memory for {plural(len(chunks), 'chunk')} at once: {message}")
 
-    def succeed(self, chunks: Sequence[Chunk], vectors: FloatMatrix, seconds: float | None = None) -> None:
-        """Their vectors are right: the limit learns, and texts that are complete wait to be saved.
+    def succeed(self, chunks: Sequence[Chunk], vectors: Any = None) -> None:
+        """The limit learns that they ran. Vectors made elsewhere are recorded.
 
         Args:
             chunks: The chunks.
-            vectors: Shape `(len(chunks), dim)` float32.
-            seconds: What it took; None if it was the last that `embed` was given.
+            vectors: Shape `(len(chunks), dim)`; None for those that `embed` returned.
+
+        Raises:
+            OptionsError: They are not the vectors of these chunks, or there are none yet.
         """
-        if chunks:
-            seconds = seconds if seconds is not None else self._seconds_of(chunks)
-            self._estimator.succeed(Batch(tuple(chunks)).padded_tokens, seconds)
-            for done in self._assembler.add(chunks, vectors):
-                self._finish(done)
+        if not chunks:
+            return
+        last, recorded, seconds = self._last
+        is_last = len(last) == len(chunks) and all(one is other for one, other in zip(last, chunks, strict=True))
+        if vectors is not None:
+            matrix = np.asarray(vectors, np.float32)
+            if matrix.shape != (len(chunks), self._dim):
+                expected = (len(chunks), self._dim)
+                raise OptionsError(f"vectors have the shape {matrix.shape}; those of the chunks have {expected}")
+            if is_last and not np.array_equal(matrix, recorded, equal_nan=True):
+                raise OptionsError("`embed` has recorded other vectors of these chunks: it records what it returns")
+            self._record(chunks, matrix)
+        elif any(chunk in self._in_hand for chunk in chunks):
+            raise OptionsError("there are no vectors of these chunks yet: call `embed` before, or give them")
+        self._estimator.succeed(Batch(tuple(chunks)).padded_tokens, seconds if is_last else None)
 
     def fail(self, chunks: Sequence[Chunk], error: BaseException | None = None) -> None:
         """They could not be embedded: they wait to be tried again in halves; one alone fails its text.
@@ -154,30 +185,80 @@ class PipelineSteps:
             error: Why. Out of memory, or None, lowers the limit; anything else does not.
 
         Raises:
-            ModelError: The error says that the device is dead.
+            ModelError: The error says that the device is dead, or the model fails on all that it is given.
         """
         if not chunks:
             return
-        batch = Batch(tuple(chunks))
         # 1. Out of memory. 2. The device is dead. 3. Anything else may be one text's fault.
         if error is None or isinstance(error, ModelOutOfMemoryError):
             kind = FailureKind.OUT_OF_MEMORY
         else:
             kind = classify(error)
+        if isinstance(error, ModelError) and kind is not FailureKind.OUT_OF_MEMORY:
+            raise error
         if kind is FailureKind.FATAL:
             raise ModelError(f"the device cannot go on: {error}") from error
         if kind is FailureKind.OUT_OF_MEMORY:
-            self._estimator.fail(batch.padded_tokens)
-            reason = f"a chunk of {plural(chunks[0].length, 'token')} does not fit into memory even alone"
+            self._estimator.fail(Batch(tuple(chunks)).padded_tokens)
+        batch = Batch(tuple(chunks[row] for row in self._take_from_hand(chunks)))
+        if len(batch.chunks) > 1:
+            self._retries.extendleft(reversed(batch.halves()))
+        elif batch.chunks:
+            self._fail_alone(batch.chunks[0], error if kind is not FailureKind.OUT_OF_MEMORY else None)
+
+    def _fail_alone(self, chunk: Chunk, error: BaseException | None) -> None:
+        """A chunk failed alone, of lack of memory if there is no error."""
+        if error is None:
+            if chunk not in self._second_chance:  # memory that a neighbour holds may be free after what waits
+                self._second_chance.add(chunk)
+                self._retries.append(Batch((chunk,)))
+                return
+            self._second_chance.discard(chunk)
+            reason = f"a chunk of {plural(chunk.length, 'token')} does not fit into memory even alone"
         else:
             reason = f"the model failed on it: {type(error).__name__}: {error}"
-        if len(chunks) > 1:
-            self._retries.extendleft(reversed(batch.halves()))
-            return
-        done = self._assembler.fail(chunks[0].owner, reason)
+        done = self._assembler.fail(chunk.owner, reason)
         if done is not None:
             self._heap.discard(done.owner)
             self._finish(done)
+        if error is not None:
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= BROKEN_AFTER:
+                self._probe(error)
+
+    def _probe(self, error: BaseException) -> None:
+        """Bad texts may come in a row. Whether it is the model, a chunk that it took before will tell."""
+        if self._passed is None:
+            raise broken_model(error)
+        self._failed_in_a_row = 0
+        outcome = self._run(Batch((self._passed,)))
+        if outcome.error is not None:
+            raise broken_model(outcome.error)
+
+    def _run(self, batch: Batch) -> Outcome:
+        outcome = self._runner.advance(batch)
+        # Asked without another, a model that takes several batches at once finishes those under way, oldest first:
+        # one that an interrupt left behind, then this one.
+        while outcome is None or outcome.batch is not batch:
+            outcome = self._runner.advance(None)
+        return outcome
+
+    def _record(self, chunks: Sequence[Chunk], vectors: FloatMatrix) -> None:
+        """Keep the vectors of chunks in hand; texts that are complete wait to be saved."""
+        rows = self._take_from_hand(chunks)
+        for done in self._assembler.add([chunks[row] for row in rows], vectors[rows]):
+            self._finish(done)
+
+    def _take_from_hand(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Which of the chunks were handed out and not yet embedded or failed; from here on they are."""
+        rows = [row for row, chunk in enumerate(chunks) if chunk in self._in_hand]
+        for row in rows:
+            del self._in_hand[chunks[row]]
+        return rows
+
+    def _is_wanted(self, chunk: Chunk) -> bool:
+        pending = self._intake.open.get(chunk.owner)
+        return pending is not None and pending.result is None
 
     def save(self) -> int:
         """Write all that is finished, files, keys and errors: how many."""
@@ -221,11 +302,6 @@ class PipelineSteps:
         """Complete the folder's index and release its lock. Idempotent."""
         if self._writer is not None:
             self._writer.close()
-
-    def _seconds_of(self, chunks: Sequence[Chunk]) -> float | None:
-        timed, seconds = self._timed
-        is_last = len(timed) == len(chunks) and all(one is other for one, other in zip(timed, chunks, strict=True))
-        return seconds if is_last else None
 
     def _has_room(self) -> bool:
         if len(self._heap) >= WINDOW_CHUNKS or len(self._finished) >= UNSAVED_TEXTS:

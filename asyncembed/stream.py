@@ -9,14 +9,17 @@ from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, 
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import anyio
+import anyio.lowlevel
 
 from asyncembed.engine import EngineHost
 from asyncembed.errors import AsyncEmbedError, ClosedError, OptionsError
 from asyncembed.job import Job, JobParts, Pending
 from asyncembed.options import DEFAULT_MODEL, DEFAULT_SAVE_PATH, FILE_OPTIONS, MODEL_OPTIONS, EmbedOptions
 from asyncembed.records import EmbeddedText, FloatVector
+from asyncembed.sinks.folder import StorePaths
 from asyncembed.sources import check_source
 from asyncembed.summary import Summary
 from asyncembed.wording import plural
@@ -81,6 +84,14 @@ def _options_beside(theirs: EmbedOptions, model: Any, options: Mapping[str, Any]
     return theirs.model, {**options, **fixed}
 
 
+TURNS_TO_CLOSE = 3
+"""Turns of the loop after which a stream whose `async for` was left by `break` has begun to close: the loop is told
+that the iterator is gone, makes a task of its end, and runs it."""
+
+_running: WeakSet[EmbedStream] = WeakSet()
+"""The streams of this process whose job has begun and not ended."""
+
+
 class EmbedStream:
     """One job, used once: awaited, iterated, run, or entered.
 
@@ -104,6 +115,7 @@ class EmbedStream:
         self._used = False
         self._closed = False
         self._stop_requested = False
+        self.root: str | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "not started" if self._driver is None else "running"
@@ -178,17 +190,22 @@ class EmbedStream:
 
         Cancelled while waiting, it leaves the job to close by itself.
         """
-        self._used = True
-        driver, is_first, self._closed = self._driver, not self._closed, True
-        if driver is None or self._job is None:
+        driver = self._begin_closing()
+        if driver is None:
             return
-        if is_first:
-            driver.add_done_callback(self._over)  # also when this call is cancelled and nobody is left to see to it
-            driver.cancel()
         if not driver.done():
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([driver])
         self._over(driver)
+
+    def _begin_closing(self) -> asyncio.Task[None] | None:
+        """Cancel what still runs: the task that then ends by itself, if there is one."""
+        self._used = True
+        driver, is_first, self._closed = self._driver, not self._closed, True
+        if driver is not None and is_first:
+            driver.add_done_callback(self._over)  # also when nobody waits for it
+            driver.cancel()
+        return driver
 
     def _over(self, driver: asyncio.Task[None]) -> None:
         """The job has ended after the stream was closed: nobody reads its results or its error any more."""
@@ -215,14 +232,22 @@ class EmbedStream:
 
     async def _records(self) -> AsyncGenerator[EmbeddedText, None]:
         """Only receives from a channel: no task group or cancel scope is open across the `yield`."""
-        job = self._start(want_results=True)
+        job, may_wait = self._start(want_results=True), True
+        # A loop closes an iterator that is left by `break`; nest_asyncio's does not, and then nothing can be awaited.
+        is_closed_by_loop = sys.get_asyncgen_hooks().finalizer is not None
         try:
             while (received := await self._receive(job)) is not None:
                 job.release(received[0])
                 yield received[1]
             await self._join()
+        except GeneratorExit:
+            may_wait = is_closed_by_loop
+            raise
         finally:
-            await self.aclose()
+            if may_wait:
+                await self.aclose()
+            else:
+                self._begin_closing()
 
     def _use(self) -> None:
         if self._used:
@@ -233,9 +258,30 @@ class EmbedStream:
         self._job = Job(self._texts, self._options, replace(self._parts, want_results=want_results))
         if self._stop_requested:
             self._job.stop()
+        root = StorePaths.of(self._options.folder).root if self._options.folder is not None else None
         # The one task of the stream: kept, awaited and cancelled here.
-        self._driver = asyncio.get_running_loop().create_task(_run_unwrapped(self._job), name="asyncembed-job")
+        self._driver = asyncio.get_running_loop().create_task(self._drive(self._job, root), name="asyncembed-job")
         return self._job
+
+    async def _drive(self, job: Job, root: str | None) -> None:
+        """Run the job, after those on the same folder that were left early and are closing."""
+        for other in [stream for stream in _running if root is not None and stream.root == root]:
+            await other.until_closed()
+        self.root = root
+        _running.add(self)
+        try:
+            await _run_unwrapped(job)
+        finally:
+            _running.discard(self)
+
+    async def until_closed(self) -> None:
+        """Wait for the end of a job that is closing, or about to; at once if it is not, or runs on another loop."""
+        for _ in range(TURNS_TO_CLOSE):
+            if not self._closed:
+                await anyio.lowlevel.checkpoint()
+        driver = self._driver
+        if self._closed and driver is not None and driver.get_loop() is asyncio.get_running_loop():
+            await asyncio.wait([driver])
 
     async def _receive(self, job: Job) -> tuple[Pending, EmbeddedText] | None:
         """The next result; None when there are no more."""

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 
@@ -54,6 +54,9 @@ class EmbedderLife:
         self._error: Exception | None = None
         self._limits: LimitKeeper | None = None
         self._is_orphan = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("an AsyncEmbedder cannot be copied or pickled: make one of the same model where it is needed")
 
     def __repr__(self) -> str:
         desk = f" {self._desk!r}" if self._desk is not None else ""

@@ -70,6 +70,11 @@ class FolderLock:
             with open(self._paths.owner, "rb") as file:
                 owner = decode_json(file.read())
             who = f"pid {owner['pid']} on host {owner['host']} is writing to it since {owner['started']}"
+            if (owner["pid"], owner["host"]) == (os.getpid(), socket.gethostname()):
+                who += (
+                    ", in another job of this process that is still open: `async with embed_stream(…)` closes a job "
+                    "that is left early, `close()` an EmbeddingGenerator that is used by steps"
+                )
         except (OSError, ValueError, TypeError, KeyError):
             who = "another job is writing to it"
         return f"{self._paths.root}: {who}; wait for it to end, or choose another save path"

@@ -152,6 +152,7 @@ class ThreadPuller:
             self._pull(iterator)
         except BaseException as raised:  # handed to the reader, which raises it
             error = raised
+            _add_cure(raised)
         try:
             # The generator is left by nobody else; other iterators, such as a cursor or an open file, are not ours.
             if isinstance(iterator, (Generator, FileTexts)):
@@ -206,6 +207,15 @@ class ThreadPuller:
         if self.buffer.stopped or error is not None:
             _log.warning("the source of texts failed while it was closed: %r", raised)
         return error or raised
+
+
+def _add_cure(error: BaseException) -> None:
+    """Say in the error of a cursor that belongs to one thread how it is used in another."""
+    if type(error).__module__ == "sqlite3" and "same thread" in str(error):
+        error.args = (
+            f"{error} The texts are pulled in a thread of their own: open the connection with "
+            "sqlite3.connect(…, check_same_thread=False), or use EmbeddingGenerator, which pulls in your own thread.",
+        )
 
 
 class TaskPuller:

@@ -15,11 +15,11 @@ def by_steps(generator: EmbeddingGenerator, items: Iterator[Any]) -> dict[str, l
     while generator.fill_texts(items) or generator.n_waiting:
         chunks = generator.find_best_chunks()
         try:
-            vectors = generator.embed(chunks)
+            generator.embed(chunks)
         except Exception as error:
             generator.fail(chunks, error)
         else:
-            generator.succeed(chunks, vectors)
+            generator.succeed(chunks)
         generator.save_data()
         generator.remove_completed_texts()
     return generator.load_average_embeddings_with_fallback()
