@@ -56,7 +56,7 @@ class WatchedEncoder:
         self._watch.before(n_tokens)
         try:
             return n_tokens, self._encoder.start(batch)
-        except Exception as error:
+        except BaseException as error:
             self._watch.after(n_tokens, error)
             raise
 
@@ -65,7 +65,7 @@ class WatchedEncoder:
         n_tokens, inner = handle
         try:
             vectors = self._encoder.finish(inner)
-        except Exception as error:
+        except BaseException as error:
             self._watch.after(n_tokens, error)
             raise
         self._watch.after(n_tokens)
