@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from asyncembed.chunking import ChunkedText, Chunker
 from asyncembed.embedder.given_ids import IdChunker
-from asyncembed.encoders import Encoder, Tokenized, Tokenizer
+from asyncembed.encoders import Encoder, Tokenized, Tokenizer, default_chunk_size
 from asyncembed.errors import ClosedError, OptionsError
 from asyncembed.intake import Submission
 from asyncembed.options import EmbedOptions
@@ -71,7 +71,7 @@ class PromptChunkers:
                 self._tokenizer,
                 self._encoder.max_tokens,
                 prompt=prompt,
-                chunk_size=self._options.chunk_size,
+                chunk_size=self._options.chunk_size or default_chunk_size(self._encoder),
                 chunk_overlap=self._options.chunk_overlap,
                 long_texts=self._options.long_texts,
             )

@@ -94,7 +94,7 @@ def _make(encoder: TorchEncoder, key: str) -> CachedGraph:
         with_types=with_types,
         pad_id=model.tokenizer.pad_token_id or 0,
         pads_left=pads_left,
-        unknown=getattr(model.tokenizer, "unk_token", None),
+        unknown=encoder.unknown,
         prompts={name: text or "" for name, text in model.prompts.items()},
         default_prompt_name=model.default_prompt_name,
         fingerprint=dict(encoder.fingerprint()),

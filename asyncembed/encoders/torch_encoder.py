@@ -12,15 +12,21 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
-from asyncembed.encoders.base import FloatMatrix, Tokenizer
-from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer
+from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, FloatMatrix, Tokenizer
+from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer, WordTokenizer, unknown_of
 from asyncembed.encoders.weights import hash_tensors
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.records import Batch
 
 _PROBE = "A probe: 3 words, and (some) punctuation."
 _PLAIN_FEATURES = {"input_ids", "attention_mask", "token_type_ids", "modality", "prompt_length"}
-_UNBOUNDED = 1 << 20  # tokenizers without a limit say 10**30
+_POSITIONS = (
+    ("word_embeddings", "position_embeddings"),
+    ("token_embedding", "position_embedding"),
+    ("wte", "wpe"),
+    ("embed_tokens", "embed_positions"),
+)
+"""What text models call their tables of tokens and of positions, which stand side by side in one module."""
 
 
 class TorchEncoder:
@@ -38,7 +44,7 @@ class TorchEncoder:
 
     Raises:
         OptionsError: The model has no prompt of that name.
-        ModelError: The model has no tokenizer or no dimension.
+        ModelError: The model makes no vector of a text; the message says why.
     """
 
     backend = "torch"
@@ -56,20 +62,23 @@ class TorchEncoder:
         self.model = model.eval()
         self.name = name if name is not None else _name_of(model)
         self.device = str(model.device)
-        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        self.dim = _dim_of(model)
+        parameter = next(model.parameters(), None)  # a bag of words has none, nor has the session of another runtime
+        self.dtype = "float32" if parameter is None else str(parameter.dtype).removeprefix("torch.")
         self.prompt = _prompt_of(model, prompt, prompt_name)
         self.prompts = {name: text or "" for name, text in model.prompts.items()}
         self._weights = weights
-        self._tokenizer = model.tokenizer
+        self._tokenizer = _tokenizer_of(model)
         if self._tokenizer is None:
-            raise ModelError(f"{self.name} has no tokenizer: it takes no texts")
+            raise ModelError(f"the model {self.name!r} takes no texts: it has no tokenizer")
         self.max_tokens = _max_tokens_of(model)
+        self.default_chunk_size = _default_chunk_size(model, self.max_tokens)
         self.fast_tokenizer = self._find_fast()
+        self.unknown = unknown_of(self._tokenizer)
         self._features: dict[str, Any] = {}
         self._takes_ids = self._probe()
         pools_without = any(getattr(module, "include_prompt", True) is False for module in model.children())
         self._sees_prompts = pools_without or not self._takes_ids
+        self.dim = self._find_dim()
 
     def __repr__(self) -> str:
         way = "ids" if self._takes_ids else "texts"
@@ -77,9 +86,9 @@ class TorchEncoder:
 
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of the caller's own."""
-        if self.fast_tokenizer is None:
-            return SlowTokenizer(self._tokenizer)
-        return FastTokenizer(self.fast_tokenizer, getattr(self._tokenizer, "unk_token", None))
+        if self.fast_tokenizer is not None:
+            return FastTokenizer(self.fast_tokenizer, self.unknown)
+        return SlowTokenizer(self._tokenizer) if callable(self._tokenizer) else WordTokenizer(self._tokenizer)
 
     def start(self, batch: Batch) -> Any:
         """Run a batch; on a GPU the work is only queued."""
@@ -117,7 +126,7 @@ class TorchEncoder:
         if self._weights is None:  # only now: an unsaved job with a large live model never pays for it
             self._weights = hash_tensors(self.model.state_dict())
         return {
-            "weights": self._weights,
+            "weights": self._weights if self._shows_weights() else self._hash_behaviour(),
             "tokenizer": _tokenizer_hash(self.fast_tokenizer, self._tokenizer),
             "modules": hashlib.sha256(json.dumps(modules, sort_keys=True, default=str).encode()).hexdigest(),
             "dtype": self.dtype,
@@ -144,7 +153,7 @@ class TorchEncoder:
         """Whether our ids are what the model's own preprocessing makes; remembers which features it wants."""
         if self.fast_tokenizer is None:
             return False
-        features = dict(self.model.preprocess([_PROBE], prompt=self.prompt or None))
+        features = self._features_of_probe()
         if not {"input_ids", "attention_mask"} <= set(features) <= _PLAIN_FEATURES:
             return False
         own = self.tokenizer().tokenize([self.prompt + _PROBE])[0].ids
@@ -155,6 +164,61 @@ class TorchEncoder:
         theirs = features["input_ids"][0]
         return bool(len(theirs) == len(own) and (theirs.numpy() == own).all() and features["attention_mask"].all())
 
+    def _find_dim(self) -> int:
+        """Dimensions of a vector, known from one: a model may not say it, or say that of its tokens' vectors.
+
+        Raises:
+            ModelError: The model does not make one vector of a text.
+        """
+        found = self._output_of_probe().get("sentence_embedding")
+        if found is None:
+            raise _no_pooling(self.name)
+        if found.ndim != 2 or len(found) != 1:
+            raise ModelError(f"the model {self.name!r} makes a result of shape {list(found.shape)} of one text")
+        return int(min(found.shape[1], self.model.truncate_dim or found.shape[1]))
+
+    def _output_of_probe(self) -> Mapping[str, Any]:
+        import torch
+
+        try:
+            with torch.inference_mode():
+                return dict(self.model(self._on_device(self._features_of_probe())))
+        except KeyError as error:
+            if error.args == ("sentence_embedding",):  # asked for by a module that comes after the pooling
+                raise _no_pooling(self.name) from error
+            raise _no_vector(self.name, error) from error
+        except ModelError:
+            raise
+        except Exception as error:
+            raise _no_vector(self.name, error) from error
+
+    def _features_of_probe(self) -> dict[str, Any]:
+        try:
+            return dict(self.model.preprocess([_PROBE], prompt=self.prompt or None))
+        except Exception as error:
+            raise _no_vector(self.name, error) from error
+
+    def _shows_weights(self) -> bool:
+        """Whether tensors are all that the first module computes with.
+
+        They are not in a bag of words, a session of another runtime, or layers that torch has quantised.
+        """
+        values = self.model[0].state_dict().values()
+        return bool(values) and all(hasattr(value, "is_floating_point") for value in values)
+
+    def _hash_behaviour(self) -> str:
+        """In place of weights: the settings and, rounded so that any machine finds the same, a vector."""
+        vector = self._output_of_probe()["sentence_embedding"][0].float().cpu().numpy()
+        rounded = np.round(vector / max(float(np.linalg.norm(vector)), 1e-9), 2) + 0.0
+        facts = json.dumps([_config_of(self.model[0]), rounded.tolist()], sort_keys=True, default=str)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def _on_device(self, features: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(self.model.device, non_blocking=True) if hasattr(value, "to") else value
+            for name, value in features.items()
+        }
+
     def _forward(self, batch: Batch, prompt: str = "") -> Any:
         """Vectors of a batch, whose rows have one prompt where the model is told of it."""
         features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt)
@@ -163,11 +227,7 @@ class TorchEncoder:
             told = dict(self.model.preprocess([_PROBE], prompt=prompt or None))
             if "prompt_length" in told:
                 features["prompt_length"] = told["prompt_length"]
-        features = {
-            name: value.to(self.model.device, non_blocking=True) if hasattr(value, "to") else value
-            for name, value in features.items()
-        }
-        return self.model(features)["sentence_embedding"]
+        return self.model(self._on_device(features))["sentence_embedding"]
 
     def _from_ids(self, batch: Batch) -> dict[str, Any]:
         import torch
@@ -202,11 +262,28 @@ def _name_of(model: Any) -> str:
     return str(getattr(config, "_name_or_path", None) or type(model).__name__)
 
 
-def _dim_of(model: Any) -> int:
-    dim = model.get_embedding_dimension()
-    if not dim:
-        raise ModelError("the model does not say how many dimensions its vectors have")
-    return int(dim)
+def _no_pooling(name: str) -> ModelError:
+    return ModelError(
+        f"the model {name!r} has no pooling module: it makes a vector of each token, as ColBERT models do, and not one "
+        "of the text. Give a model that was made for embeddings of texts"
+    )
+
+
+def _no_vector(name: str, error: Exception) -> ModelError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(f"the model {name!r} cannot embed a text: {type(error).__name__}: {reason}")
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The model's tokenizer, able to pad; None if there is none."""
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if tokenizer is not None and not callable(tokenizer):
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # one of transformers, dressed up as one of words
+    if getattr(tokenizer, "pad_token", "") is None:
+        # Models that were made to continue texts have none, and `encode` refuses even one text then. Any token will do:
+        # the mask hides it.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 def _prompt_of(model: Any, prompt: str | None, prompt_name: str | None) -> str:
@@ -221,11 +298,36 @@ def _prompt_of(model: Any, prompt: str | None, prompt_name: str | None) -> str:
 
 
 def _max_tokens_of(model: Any) -> int:
+    """Most tokens of a row: what the model says, or what its config does, but no more than it has positions for."""
     limit = model.get_max_seq_length()
-    if limit is None or limit > _UNBOUNDED:
-        config = getattr(model[0], "config", None)
-        limit = getattr(config, "max_position_embeddings", None) or _UNBOUNDED
-    return int(limit)
+    if not _is_limit(limit):
+        limit = getattr(getattr(model[0], "config", None), "max_position_embeddings", None)
+    return int(min(limit if _is_limit(limit) else UNLIMITED_TOKENS, _n_positions(model[0])))
+
+
+def _is_limit(value: Any) -> bool:
+    """Whether it is a limit: tokenizers without one say 10**30, XLNet's config -1."""
+    return value is not None and 0 < value <= UNLIMITED_TOKENS
+
+
+def _n_positions(module: Any) -> int:
+    """Positions that a model of texts has learnt vectors for; those up to the padding token's number are never used."""
+    found = [UNLIMITED_TOKENS]
+    for part in module.modules():
+        for tokens, positions in _POSITIONS:
+            table: Any = getattr(part, positions, None)
+            if hasattr(table, "num_embeddings") and hasattr(getattr(part, tokens, None), "num_embeddings"):
+                unused = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
+                found.append(table.num_embeddings - unused)
+    return min(found)
+
+
+def _default_chunk_size(model: Any, max_tokens: int) -> int | None:
+    """Tokens of a chunk where the model has no limit: a row's memory grows with its square. None: all that it takes.
+
+    What looks at words one by one takes a text of any length as a whole.
+    """
+    return CHUNK_OF_UNLIMITED if max_tokens == UNLIMITED_TOKENS and model.transformers_model is not None else None
 
 
 def _config_of(module: Any) -> Any:
@@ -234,7 +336,7 @@ def _config_of(module: Any) -> Any:
 
 def _tokenizer_hash(fast: RustTokenizer | None, tokenizer: Any) -> str:
     if fast is None:
-        facts = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+        facts = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True, default=list)
     else:
         bare = RustTokenizer.from_str(fast.to_str())
         bare.no_truncation()
