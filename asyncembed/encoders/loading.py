@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asyncembed.encoders.base import Encoder
-from asyncembed.encoders.safety import check_downloaded, check_weights, loading_error
+from asyncembed.encoders.base import Encoder, default_chunk_size
+from asyncembed.encoders.hub import downloaded, offline_copy
+from asyncembed.encoders.kinds import check_kind, check_live
+from asyncembed.encoders.safety import check_weights, loading_error
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import DEFAULT_MODEL, EmbedOptions
 
@@ -29,11 +31,15 @@ def model_folder(model: str | os.PathLike[str]) -> Path | None:
     all-MiniLM-L6-v2 is carried by an installed package, so it needs no network.
 
     Raises:
-        ModelError: It can only be a path, and there is no such folder.
+        ModelError: It is empty, or can only be a path, and there is no such folder.
     """
     name = os.fspath(model)
+    if not name.strip():
+        raise ModelError("the model's name is empty; give the path of a model's folder, or a model's name")
     if Path(name).is_dir():
         return Path(name).resolve()
+    if Path(name).is_file():
+        raise ModelError(f"{name!r} is a file; give the path of the folder that holds all of the model")
     if name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
         raise ModelError(f"there is no folder {name!r}; give the path of a model's folder, or a model's name")
     if name in _EMBEDDED_NAMES:
@@ -57,6 +63,9 @@ def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
     """
     encoder = _load(options, dtype)
     check_dim(encoder, options)
+    size = default_chunk_size(encoder)
+    if size is not None and options.chunk_size is None:
+        logger.warning("the model %s names no limit: longer texts are cut into chunks of %d tokens", encoder.name, size)
     return encoder
 
 
@@ -80,14 +89,16 @@ def _load(options: EmbedOptions, dtype: str | None) -> Encoder:
         if options.prompt_name is not None:
             raise OptionsError("prompt_name names a prompt of a SentenceTransformer; this encoder has none")
         return model
+    check_live(model)
     if hasattr(model, "encode") and hasattr(model, "preprocess"):
         return _wrap_live(model, options)
     raise OptionsError(f"model={model!r} is no name, path, SentenceTransformer or Encoder")
 
 
 def _load_by_name(model: str | os.PathLike[str], options: EmbedOptions, recorded: str | None) -> Encoder:
-    folder = model_folder(model)
+    folder = model_folder(model) or offline_copy(os.fspath(model))
     if folder is not None:
+        check_kind(folder, model)
         check_weights(folder, allow_pickle=options.allow_pickle)
     wanted = options.dtype if options.dtype != "auto" else recorded
     obstacle = _obstacle_to_openvino(options)
@@ -169,8 +180,9 @@ def _load_torch(
             )
     except Exception as error:
         raise loading_error(model, error) from error
-    if folder is None:
-        check_downloaded(os.fspath(model), allow_pickle=options.allow_pickle)
+    if folder is None and (copy := downloaded(os.fspath(model))) is not None:
+        check_kind(copy, model)
+        check_weights(copy, allow_pickle=options.allow_pickle)
     # Hashed as stored, before the precision is changed: so every precision and backend knows the same weights.
     weights = cached_hash(folder, "stored", lambda: hash_tensors(loaded.state_dict()))
     if dtype != "auto":
