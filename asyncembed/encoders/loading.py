@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,7 +171,9 @@ def _load_torch(
     from asyncembed.encoders.weights import cached_hash, hash_tensors
 
     try:
-        with _quiet():
+        # Tensors that are nowhere in the files are random: the same ones each time, so that a run can be gone on with.
+        with _quiet() as missing, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             loaded = SentenceTransformer(
                 str(folder) if folder is not None else os.fspath(model),
                 device=device,
@@ -180,6 +183,11 @@ def _load_torch(
             )
     except Exception as error:
         raise loading_error(model, error) from error
+    if missing:
+        raise ModelError(
+            f"the model {os.fspath(model)!r} is incomplete: tensors that it computes with are not in its files, "
+            f"such as {missing[0]!r}"
+        )
     if folder is None and (copy := downloaded(os.fspath(model))) is not None:
         check_kind(copy, model)
         check_weights(copy, allow_pickle=options.allow_pickle)
@@ -192,21 +200,48 @@ def _load_torch(
     )
 
 
+class _LoadReports(logging.Filter):
+    """Takes transformers' reports on tensors out of its log, and keeps the names of those that are missing.
+
+    A pooler is left out: plain language models come without, and no pooling module looks at it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "LOAD REPORT" not in text:
+            return True
+        names = re.findall(r"^(\S+(?: \S+)*) +\|.*MISSING", re.sub(r"\x1b\[[0-9;]*m", "", text), re.MULTILINE)
+        self.missing += [name for name in names if "pooler" not in name]
+        return False
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the loader's own progress bars, which would cut through ours, and its lines about each retry."""
+def _quiet() -> Iterator[list[str]]:
+    """Without the loader's own progress bars and reports, which would cut through ours, and its lines about each retry.
+
+    Yields:
+        The names of the tensors that the model lacks, filled meanwhile.
+    """
     from transformers.utils import logging as transformers_logging
 
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
+    hub, library = logging.getLogger("huggingface_hub"), logging.getLogger("transformers.modeling_utils")
+    levels = hub.level, library.level
     hub.setLevel(logging.ERROR)
-
+    library.setLevel(logging.WARNING)  # it makes no report at all for those who do not want to read one
+    reports = _LoadReports()
+    library.addFilter(reports)
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        yield reports.missing
     finally:
-        hub.setLevel(level)
+        library.removeFilter(reports)
+        hub.setLevel(levels[0])
+        library.setLevel(levels[1])
         if shown:
             transformers_logging.enable_progress_bar()
 

@@ -16,7 +16,7 @@ from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, Float
 from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer, WordTokenizer, unknown_of
 from asyncembed.encoders.weights import hash_tensors
 from asyncembed.errors import ModelError, OptionsError
-from asyncembed.records import Batch
+from asyncembed.records import Batch, Chunk
 
 _PROBE = "A probe: 3 words, and (some) punctuation."
 _PLAIN_FEATURES = {"input_ids", "attention_mask", "token_type_ids", "modality", "prompt_length"}
@@ -70,6 +70,8 @@ class TorchEncoder:
         self._tokenizer = _tokenizer_of(model)
         if self._tokenizer is None:
             raise ModelError(f"the model {self.name!r} takes no texts: it has no tokenizer")
+        if callable(self._tokenizer) and len(self._tokenizer) <= len(self._tokenizer.all_special_ids):
+            raise ModelError(f"the model {self.name!r} has a tokenizer without a vocabulary: files of it are missing")
         self.max_tokens = _max_tokens_of(model)
         self.default_chunk_size = _default_chunk_size(model, self.max_tokens)
         self.fast_tokenizer = self._find_fast()
@@ -79,6 +81,7 @@ class TorchEncoder:
         pools_without = any(getattr(module, "include_prompt", True) is False for module in model.children())
         self._sees_prompts = pools_without or not self._takes_ids
         self.dim = self._find_dim()
+        self._choose_side()
 
     def __repr__(self) -> str:
         way = "ids" if self._takes_ids else "texts"
@@ -176,6 +179,17 @@ class TorchEncoder:
         if found.ndim != 2 or len(found) != 1:
             raise ModelError(f"the model {self.name!r} makes a result of shape {list(found.shape)} of one text")
         return int(min(found.shape[1], self.model.truncate_dim or found.shape[1]))
+
+    def _choose_side(self) -> None:
+        """Pad on the right where padding on the left, as the tokenizer says, would give a text other positions."""
+        if not self._takes_ids or self._tokenizer.padding_side != "left":
+            return
+        tokenizer = self.tokenizer()
+        probe, longer = (Chunk(0, 0, "", 0, tokenizer.tokenize([text])[0].ids, 1) for text in ("A probe", _PROBE))
+        alone = self.finish(self.start(Batch((probe,))))[0]
+        beside = self.finish(self.start(Batch((probe, longer))))[0]
+        if float(alone @ beside) < 0.9999 * float(np.linalg.norm(alone) * np.linalg.norm(beside)):
+            self._tokenizer.padding_side = "right"
 
     def _output_of_probe(self) -> Mapping[str, Any]:
         import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -439,3 +440,68 @@ async def test_empty_model_name_is_refused(name: str, bert: Path, monkeypatch: p
 def test_file_of_a_model_is_refused(bert: Path) -> None:
     with pytest.raises(ModelError, match="is a file; give the path of the folder"):
         load_encoder(EmbedOptions(model=bert / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def saved_bert(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved-bert") / "model"
+    models("bert").save(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("rename", [False, True], ids=["lost", "renamed"])
+def test_model_that_lacks_tensors_is_refused(saved_bert: Path, tmp_path: Path, rename: bool) -> None:
+    """They would be random, and others in each run."""
+    from safetensors.torch import load_file, save_file
+
+    weights = shutil.copytree(saved_bert, tmp_path / "model") / "model.safetensors"
+    tensors = load_file(weights)
+    if rename:
+        tensors = {f"other.{name}": tensor for name, tensor in tensors.items()}
+    else:
+        tensors = {name: tensor for name, tensor in tensors.items() if "layer.1" not in name}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"is incomplete: .*, such as 'encoder\.layer"):
+        load_encoder(EmbedOptions(model=tmp_path / "model", backend="torch"))
+
+
+async def test_model_without_a_pooler_resumes_on_another_machine(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Language models come without one: its tensors are random, but always the same."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(bert)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "model")
+    for machine, text in (("one", "a heron"), ("another", "a boat")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        await embed_stream([text], model=tmp_path / "model", backend="torch", save_path=tmp_path / "data")
+
+
+def test_model_without_tokenizer_files_is_refused(saved_bert: Path, tmp_path: Path) -> None:
+    """transformers makes up a tokenizer that knows nothing."""
+    folder = shutil.copytree(saved_bert, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ModelError, match="tokenizer without a vocabulary: files of it are missing"):
+        load_encoder(EmbedOptions(model=folder, backend="torch"))
+
+
+def test_model_with_fewer_vectors_than_tokens_is_refused_by_openvino(tmp_path: Path) -> None:
+    """It would read vectors of other tokens, where torch fails the text."""
+    model = make_model("bert", tmp_path)
+    model.tokenizer.add_tokens(["herons"])
+    with pytest.raises(ModelError, match="more tokens than it has vectors for"):
+        load_encoder(EmbedOptions(model=model, backend="openvino"))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+async def test_model_with_fixed_positions_padded_on_the_left_equals_encode_of_each_text(
+    kind: str, tmp_path: Path
+) -> None:
+    """On the left a text's positions, and so its vector, would depend on the longest text of its batch."""
+    model = make_model(kind, tmp_path)
+    model.tokenizer.padding_side = "left"
+    async with embed_stream(TEXTS, model=model, token_limit=1000, save_path=None) as stream:
+        vectors = await stream
+    assert stream.summary.batches < len(TEXTS)
+    assert cosines([vectors[text] for text in TEXTS], [model.encode(text) for text in TEXTS]).min() >= 0.99999
