@@ -231,7 +231,8 @@ def _quiet() -> Iterator[list[str]]:
     hub, library = logging.getLogger("huggingface_hub"), logging.getLogger("transformers.modeling_utils")
     levels = hub.level, library.level
     hub.setLevel(logging.ERROR)
-    library.setLevel(logging.WARNING)  # it makes no report at all for those who do not want to read one
+    if not library.isEnabledFor(logging.WARNING):  # it makes no report for those who do not want to read one
+        library.setLevel(logging.WARNING)
     reports = _LoadReports()
     library.addFilter(reports)
     shown = transformers_logging.is_progress_bar_enabled()

@@ -402,7 +402,10 @@ async def test_folder_of_another_kind_is_refused_when_it_is_loaded(
     bert: Path, tmp_path: Path, make: Callable[[Path, Path], None], reason: str
 ) -> None:
     make(bert, tmp_path / "model")
-    for face in (AsyncEmbedder(tmp_path / "model").__aenter__(), embed_stream(["a"], model=tmp_path / "model").run()):
+    for face in (
+        AsyncEmbedder(tmp_path / "model").__aenter__(),
+        embed_stream(["a"], model=tmp_path / "model", save_path=None).run(),
+    ):
         with pytest.raises(ModelError, match=reason) as refused:
             await face
         assert "\n" not in str(refused.value)
@@ -505,3 +508,10 @@ async def test_model_with_fixed_positions_padded_on_the_left_equals_encode_of_ea
         vectors = await stream
     assert stream.summary.batches < len(TEXTS)
     assert cosines([vectors[text] for text in TEXTS], [model.encode(text) for text in TEXTS]).min() >= 0.99999
+
+
+def test_loading_a_model_writes_nothing_of_the_libraries(
+    saved_bert: Path, capfd: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    load_encoder(EmbedOptions(model=saved_bert, backend="torch"))
+    assert (capfd.readouterr().err, caplog.messages) == ("", [])
