@@ -180,10 +180,10 @@ class Chunker:
         n_tokens = found.n_content - self._n_prompt
         if self._n_prompt and n_tokens <= 0 < self.count(text):
             n_tokens = 1  # the prompt's last letters and the text make one token
-        if n_tokens <= 0 or not text.strip():
+        if not text.strip() or (n_tokens <= 0 and not found.n_unknown):
             return self._chunk_blank(owner, text, priority, found)
         if found.n_unknown >= n_tokens:
-            return _all_unknown(found.n_unknown, n_tokens)
+            return _all_unknown(found.n_unknown, n_tokens if n_tokens > 0 else None)
         if n_tokens <= self._fits and not self._ask_always:
             chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority, self.prompt, self.task)
             return ChunkedText((chunk,), n_tokens, unknown_tokens=found.n_unknown)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import anyio
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class _Executor(ThreadPoolExecutor):
+    """An executor whose calls fail with errors that a future of the event loop can hold."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        return super().submit(partial(_call, fn), *args, **kwargs)
 
 
 class WorkerThread:
@@ -22,7 +30,7 @@ class WorkerThread:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._executor = _Executor(max_workers=1, thread_name_prefix=name)
         self._pending: set[Future[Any]] = set()
         self._closed = False
 
@@ -35,7 +43,11 @@ class WorkerThread:
         return self._executor
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Queue a call and return its future at once."""
+        """Queue a call and return its future at once.
+
+        What the call raises is the future's error. What a future cannot hold, or what means something else to the one
+        that waits (`StopIteration`, a cancellation, `SystemExit`), becomes the cause of a `RuntimeError`.
+        """
         future = self._executor.submit(function, *args, **kwargs)
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
@@ -67,6 +79,19 @@ class WorkerThread:
         with anyio.CancelScope(shield=True):
             await asyncio.wrap_future(ended)
         self._executor.shutdown(wait=True)  # the thread has nothing left to do: this join takes microseconds
+
+
+def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    try:
+        return function(*args, **kwargs)
+    except (StopIteration, StopAsyncIteration, CancelledError) as error:
+        raised: BaseException = error
+    except Exception:
+        raise
+    except BaseException as error:  # nobody but the one who waits is told of it: it ends no thread and no loop
+        raised = error
+    said = f": {raised}" if str(raised) else ""
+    raise RuntimeError(f"{type(raised).__name__} was raised in a thread{said}") from raised
 
 
 def _nothing() -> None:

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 
 from asyncembed.chunking import ChunkedText, Chunker
 from asyncembed.embedder.given_ids import IdChunker
-from asyncembed.encoders import Encoder, Instruction, Tokenized, Tokenizer, input_of, prompt_of, task_of
+from asyncembed.encoders import (
+    Encoder,
+    Instruction,
+    Tokenized,
+    Tokenizer,
+    default_chunk_size,
+    input_of,
+    prompt_of,
+    task_of,
+)
 from asyncembed.errors import ClosedError, OptionsError
 from asyncembed.intake import Submission
 from asyncembed.options import EmbedOptions
@@ -79,11 +88,13 @@ class InstructionChunkers:
     def _chunker(self, instruction: Instruction) -> Chunker:
         chunker = self._chunkers.get(instruction)
         if chunker is None:
+            tokenizer, max_tokens = self._input(instruction.task)
             chunker = Chunker(
-                *self._input(instruction.task),
+                tokenizer,
+                max_tokens,
                 prompt=instruction.prompt,
                 task=instruction.task,
-                chunk_size=self._options.chunk_size,
+                chunk_size=self._options.chunk_size or default_chunk_size(self._encoder, max_tokens),
                 chunk_overlap=self._options.chunk_overlap,
                 long_texts=self._options.long_texts,
                 blanks=instruction.blanks,

@@ -1,6 +1,6 @@
 """Models behind one protocol: rows of token ids in, vectors out."""
 
-from asyncembed.encoders.base import Encoder, FloatMatrix, IdTokenizer, Tokenized, Tokenizer
+from asyncembed.encoders.base import Encoder, FloatMatrix, IdTokenizer, Tokenized, Tokenizer, default_chunk_size
 from asyncembed.encoders.failures import FailureKind, classify
 from asyncembed.encoders.loading import check_dim, load_encoder
 from asyncembed.encoders.prompts import (
@@ -27,6 +27,7 @@ __all__ = [
     "Tokenizer",
     "check_dim",
     "classify",
+    "default_chunk_size",
     "input_of",
     "instruction_of",
     "kind_prompt_of",

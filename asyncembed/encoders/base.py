@@ -12,6 +12,12 @@ from asyncembed.records import Batch, TokenIds
 
 FloatMatrix = npt.NDArray[np.float32]
 
+UNLIMITED_TOKENS = 1 << 20
+"""`max_tokens` of a model that names no limit."""
+
+CHUNK_OF_UNLIMITED = 512
+"""Tokens of a chunk where a model names no limit and a row's memory grows with its square."""
+
 
 class Tokenized(NamedTuple):
     """A text as token ids.
@@ -61,6 +67,12 @@ class IdTokenizer(Tokenizer, Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text that these ids stand for, as closely as they tell."""
         ...
+
+
+def default_chunk_size(encoder: Encoder, max_tokens: int) -> int | None:
+    """Tokens of a chunk where none are asked for and a row takes `max_tokens`; None for all that it takes."""
+    size: int | None = getattr(encoder, "default_chunk_size", None)
+    return size if max_tokens == UNLIMITED_TOKENS else None
 
 
 @runtime_checkable

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asyncembed.encoders.base import Encoder
-from asyncembed.encoders.safety import check_downloaded, check_weights, loading_error
+from asyncembed.encoders.base import Encoder, default_chunk_size
+from asyncembed.encoders.hub import downloaded, offline_copy
+from asyncembed.encoders.kinds import check_kind, check_live
+from asyncembed.encoders.safety import check_weights, loading_error
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import DEFAULT_MODEL, EmbedOptions
 
@@ -29,11 +32,15 @@ def model_folder(model: str | os.PathLike[str]) -> Path | None:
     all-MiniLM-L6-v2 is carried by an installed package, so it needs no network.
 
     Raises:
-        ModelError: It can only be a path, and there is no such folder.
+        ModelError: It is empty, or can only be a path, and there is no such folder.
     """
     name = os.fspath(model)
+    if not name.strip():
+        raise ModelError("the model's name is empty; give the path of a model's folder, or a model's name")
     if Path(name).is_dir():
         return Path(name).resolve()
+    if Path(name).is_file():
+        raise ModelError(f"{name!r} is a file; give the path of the folder that holds all of the model")
     if name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
         raise ModelError(f"there is no folder {name!r}; give the path of a model's folder, or a model's name")
     if name in _EMBEDDED_NAMES:
@@ -57,6 +64,9 @@ def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
     """
     encoder = _load(options, dtype)
     check_dim(encoder, options)
+    size = default_chunk_size(encoder, encoder.max_tokens)
+    if size is not None and options.chunk_size is None:
+        logger.warning("the model %s names no limit: longer texts are cut into chunks of %d tokens", encoder.name, size)
     return encoder
 
 
@@ -78,14 +88,16 @@ def _load(options: EmbedOptions, dtype: str | None) -> Encoder:
         return _load_by_name(model, options, dtype)
     if isinstance(model, Encoder):
         return model
+    check_live(model)
     if hasattr(model, "encode") and hasattr(model, "preprocess"):
         return _wrap_live(model, options)
     raise OptionsError(f"model={model!r} is no name, path, SentenceTransformer or Encoder")
 
 
 def _load_by_name(model: str | os.PathLike[str], options: EmbedOptions, recorded: str | None) -> Encoder:
-    folder = model_folder(model)
+    folder = model_folder(model) or offline_copy(os.fspath(model))
     if folder is not None:
+        check_kind(folder, model)
         check_weights(folder, allow_pickle=options.allow_pickle)
     wanted = options.dtype if options.dtype != "auto" else recorded
     obstacle = _obstacle_to_openvino(options)
@@ -157,7 +169,9 @@ def _load_torch(
     from asyncembed.encoders.weights import cached_hash, hash_tensors
 
     try:
-        with _quiet():
+        # Tensors that are nowhere in the files are random: the same ones each time, so that a run can be gone on with.
+        with _quiet() as missing, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             loaded = SentenceTransformer(
                 str(folder) if folder is not None else os.fspath(model),
                 device=device,
@@ -167,8 +181,14 @@ def _load_torch(
             )
     except Exception as error:
         raise loading_error(model, error) from error
-    if folder is None:
-        check_downloaded(os.fspath(model), allow_pickle=options.allow_pickle)
+    if missing:
+        raise ModelError(
+            f"the model {os.fspath(model)!r} is incomplete: tensors that it computes with are not in its files, "
+            f"such as {missing[0]!r}"
+        )
+    if folder is None and (copy := downloaded(os.fspath(model))) is not None:
+        check_kind(copy, model)
+        check_weights(copy, allow_pickle=options.allow_pickle)
     # Hashed as stored, before the precision is changed: so every precision and backend knows the same weights.
     weights = cached_hash(folder, "stored", lambda: hash_tensors(loaded.state_dict()))
     if dtype != "auto":
@@ -178,21 +198,49 @@ def _load_torch(
     )
 
 
+class _LoadReports(logging.Filter):
+    """Takes transformers' reports on tensors out of its log, and keeps the names of those that are missing.
+
+    A pooler is left out: plain language models come without, and no pooling module looks at it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "LOAD REPORT" not in text:
+            return True
+        names = re.findall(r"^(\S+(?: \S+)*) +\|.*MISSING", re.sub(r"\x1b\[[0-9;]*m", "", text), re.MULTILINE)
+        self.missing += [name for name in names if "pooler" not in name]
+        return False
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the loader's own progress bars, which would cut through ours, and its lines about each retry."""
+def _quiet() -> Iterator[list[str]]:
+    """Without the loader's own progress bars and reports, which would cut through ours, and its lines about each retry.
+
+    Yields:
+        The names of the tensors that the model lacks, filled meanwhile.
+    """
     from transformers.utils import logging as transformers_logging
 
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
+    hub, library = logging.getLogger("huggingface_hub"), logging.getLogger("transformers.modeling_utils")
+    levels = hub.level, library.level
     hub.setLevel(logging.ERROR)
-
+    if not library.isEnabledFor(logging.WARNING):  # it makes no report for those who do not want to read one
+        library.setLevel(logging.WARNING)
+    reports = _LoadReports()
+    library.addFilter(reports)
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        yield reports.missing
     finally:
-        hub.setLevel(level)
+        library.removeFilter(reports)
+        hub.setLevel(levels[0])
+        library.setLevel(levels[1])
         if shown:
             transformers_logging.enable_progress_bar()
 

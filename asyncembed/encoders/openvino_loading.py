@@ -85,6 +85,8 @@ def _make(encoder: TorchEncoder, key: str) -> CachedGraph:
         raise ModelError("it takes more than token ids and a mask")
     features, with_types = plain
     model = encoder.model
+    if encoder.fast_tokenizer.get_vocab_size() > model.transformers_model.get_input_embeddings().num_embeddings:
+        raise ModelError("its tokenizer has more tokens than it has vectors for, of which OpenVINO reads others")
     graph = convert(model, with_types=with_types, features=features)
     compiled = compile_graph(ov, graph, "float32")
     pads_left = check(model, compiled, with_types=with_types, features=features, max_tokens=encoder.max_tokens)
@@ -94,7 +96,7 @@ def _make(encoder: TorchEncoder, key: str) -> CachedGraph:
         with_types=with_types,
         pad_id=model.tokenizer.pad_token_id or 0,
         pads_left=pads_left,
-        unknown=getattr(model.tokenizer, "unk_token", None),
+        unknown=encoder.unknown,
         prompts={name: text or "" for name, text in model.prompts.items()},
         default_prompt_name=model.default_prompt_name,
         fingerprint=dict(encoder.fingerprint()),

@@ -32,26 +32,6 @@ def check_weights(folder: Path, *, allow_pickle: bool) -> None:
                 )
 
 
-def check_downloaded(name: str, *, allow_pickle: bool) -> None:
-    """The same for a model that was loaded by a hub's name: what of it lies in the hub's cache is what was loaded.
-
-    Raises:
-        ModelError: Names the file and what to do.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    cache = os.environ.get("SENTENCE_TRANSFORMERS_HOME")  # as sentence-transformers itself looks for it
-    # A name without a maker is one of sentence-transformers' own models; a few, as bert-base-uncased, have none at all.
-    for full_name in (name,) if "/" in name else (f"sentence-transformers/{name}", name):
-        try:
-            folder = snapshot_download(full_name, local_files_only=True, cache_dir=cache)
-        except LocalEntryNotFoundError:
-            continue  # if under no name, it is kept elsewhere; of a pickle torch has read weights and nothing else
-        check_weights(Path(folder), allow_pickle=allow_pickle)
-        return
-
-
 def loading_error(model: str | os.PathLike[str], error: Exception) -> ModelError:
     """Why a model could not be loaded, with what to do about it."""
     said = str(error)

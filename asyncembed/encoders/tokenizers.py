@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import Encoding
 from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import Unigram
 
 from asyncembed.encoders.base import Tokenized
+from asyncembed.records import TokenIds
 
 FEW_TEXTS = 16
 """So many texts are tokenised one by one: a call of several wakes the library's own threads, which takes half as long
 again of the processor's time, and these then compete with the model's for a while."""
+
+
+_BLANK = "▁"
+"""How SentencePiece writes the blank before a word; a token of its own before one that it does not know."""
 
 
 class FastTokenizer:
@@ -30,6 +38,7 @@ class FastTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.unknown_id = self._tokenizer.token_to_id(unknown) if unknown is not None else None
+        self._blank_id = self._tokenizer.token_to_id(_BLANK)
         self.n_vocabulary: int = self._tokenizer.get_vocab_size()
         self._n_special = self._tokenizer.num_special_tokens_to_add(False)
         self._affixes = self._find_affixes()
@@ -49,9 +58,7 @@ class FastTokenizer:
         return str(self._tokenizer.decode(list(ids)))
 
     def _tokenized(self, encoding: Encoding) -> Tokenized:
-        ids = np.array(encoding.ids, dtype=np.int32)
-        unknown = int(np.count_nonzero(ids == self.unknown_id)) if self.unknown_id is not None else 0
-        return Tokenized(ids, *self._affixes, unknown)
+        return _tokenized(np.array(encoding.ids, dtype=np.int32), *self._affixes, self.unknown_id, self._blank_id)
 
     def _find_affixes(self) -> tuple[int, int]:
         """Special tokens before and after the content: the same for every single text."""
@@ -66,6 +73,7 @@ class SlowTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
         self.unknown_id: int | None = tokenizer.unk_token_id
+        self._blank_id = tokenizer.get_vocab().get(_BLANK)
         self.n_vocabulary = len(tokenizer)
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
@@ -93,5 +101,52 @@ class SlowTokenizer:
         ids, mask = np.array(found["input_ids"], np.int32), found["special_tokens_mask"]
         n_special = sum(mask)
         prefix = next((i for i, special in enumerate(mask) if not special), n_special)
-        unknown = int(np.count_nonzero(ids == self.unknown_id)) if self.unknown_id is not None else 0
-        return Tokenized(ids, min(prefix, n_special), n_special - min(prefix, n_special), unknown)
+        n_prefix = min(prefix, n_special)
+        return _tokenized(ids, n_prefix, n_special - n_prefix, self.unknown_id, self._blank_id)
+
+
+class WordTokenizer:
+    """A tokenizer of sentence-transformers that knows whole words, drops all others, and adds no special tokens."""
+
+    unknown_id = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._words = list(tokenizer.get_vocab())
+        self.n_vocabulary = len(self._words)
+
+    def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
+        """All texts in one call. The words of a text without a known one count as its unknown tokens."""
+        found = [(text, np.array(self._tokenizer.tokenize(text), np.int32)) for text in texts]
+        return [Tokenized(ids, 0, 0, 0 if len(ids) else len(text.split())) for text, ids in found]
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Start and stop of each known word."""
+        words = re.finditer(r"\S+", text)
+        return [word.span() for word in words for _ in self._tokenizer.tokenize(word.group())]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words that these ids stand for."""
+        return " ".join(self._words[number] for number in ids)
+
+
+def unknown_of(tokenizer: Any) -> str | None:
+    """The unknown token of a tokenizer of either library; None if its vocabulary has none."""
+    named: str | None = getattr(tokenizer, "unk_token", None)
+    bare = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if named is not None or not isinstance(bare, RustTokenizer):
+        return named
+    if not isinstance(bare.model, Unigram):
+        return getattr(bare.model, "unk_token", None)
+    facts = json.loads(bare.to_str())["model"]  # nothing else tells it
+    return None if facts["unk_id"] is None else str(facts["vocab"][facts["unk_id"]][0])
+
+
+def _tokenized(ids: TokenIds, n_prefix: int, n_suffix: int, unknown_id: int | None, blank_id: int | None) -> Tokenized:
+    """With the unknown tokens counted: the content's only, since some vocabularies end each text with that token."""
+    content = ids[n_prefix : len(ids) - n_suffix]
+    unknown = content == unknown_id if unknown_id is not None else np.zeros(len(content), bool)
+    n_unknown = int(np.count_nonzero(unknown))
+    if 0 < n_unknown < len(content) and (unknown | (content == blank_id)).all():
+        n_unknown = len(content)  # the mark before an unknown word says nothing of it
+    return Tokenized(ids, n_prefix, n_suffix, n_unknown)

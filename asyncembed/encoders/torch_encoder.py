@@ -13,16 +13,22 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
-from asyncembed.encoders.base import FloatMatrix, Tokenizer
+from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, FloatMatrix, Tokenizer
 from asyncembed.encoders.tasks import first_task, resolve_task, route_of, router_of, takes_tasks, task_limit
-from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer
+from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer, WordTokenizer, unknown_of
 from asyncembed.encoders.weights import hash_tensors
 from asyncembed.errors import ModelError, OptionsError
-from asyncembed.records import Batch
+from asyncembed.records import Batch, Chunk
 
 _PROBE = "A probe: 3 words, and (some) punctuation."
 _PLAIN_FEATURES = {"input_ids", "attention_mask", "token_type_ids", "modality", "prompt_length"}
-_UNBOUNDED = 1 << 20  # tokenizers without a limit say 10**30
+_POSITIONS = (
+    ("word_embeddings", "position_embeddings"),
+    ("token_embedding", "position_embedding"),
+    ("wte", "wpe"),
+    ("embed_tokens", "embed_positions"),
+)
+"""What text models call their tables of tokens and of positions, which stand side by side in one module."""
 
 
 class TorchEncoder:
@@ -41,7 +47,7 @@ class TorchEncoder:
 
     Raises:
         OptionsError: The model has no prompt of that name.
-        ModelError: The model has no tokenizer or no dimension.
+        ModelError: The model makes no vector of a text; the message says why.
     """
 
     backend = "torch"
@@ -59,16 +65,20 @@ class TorchEncoder:
         self.model = model.eval()
         self.name = name if name is not None else _name_of(model)
         self.device = str(model.device)
-        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        self.dim = _dim_of(model)
+        parameter = next(model.parameters(), None)  # a bag of words has none, nor has the session of another runtime
+        self.dtype = "float32" if parameter is None else str(parameter.dtype).removeprefix("torch.")
         self.prompt = _prompt_of(model, prompt, prompt_name)
         self.prompts = {name: text or "" for name, text in model.prompts.items()}
         self._weights = weights
-        self._tokenizer = model.tokenizer
+        self._tokenizer = _tokenizer_of(model)
         if self._tokenizer is None:
-            raise ModelError(f"{self.name} has no tokenizer: it takes no texts")
+            raise ModelError(f"the model {self.name!r} takes no texts: it has no tokenizer")
+        if callable(self._tokenizer) and len(self._tokenizer) <= len(self._tokenizer.all_special_ids):
+            raise ModelError(f"the model {self.name!r} has a tokenizer without a vocabulary: files of it are missing")
         self.max_tokens = _max_tokens_of(model)
+        self.default_chunk_size = _default_chunk_size(model, self.max_tokens)
         self.fast_tokenizer = _fast(self._tokenizer)
+        self.unknown = unknown_of(self._tokenizer)
         self.has_routes = router_of(model) is not None
         self.first_task = first_task(model)
         self._takes_tasks = takes_tasks(model)
@@ -78,6 +88,8 @@ class TorchEncoder:
         self._takes_ids = self._probe()
         pools_without = any(getattr(module, "include_prompt", True) is False for module in model.children())
         self._sees_prompts = pools_without or not self._takes_ids
+        self.dim = self._find_dim()
+        self._choose_side()
 
     def __repr__(self) -> str:
         way = "ids" if self._takes_ids else "texts"
@@ -85,7 +97,7 @@ class TorchEncoder:
 
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of the caller's own."""
-        return _copy_of(self._tokenizer)
+        return _copy_of(self._tokenizer, self.unknown)
 
     def resolve_task(self, task: str | None) -> str | None:
         """The task as far as it matters to the model.
@@ -105,8 +117,10 @@ class TorchEncoder:
             return self.tokenizer(), self.max_tokens
         route = route_of(self.model, task if self.has_routes else None)
         self._try(task)
-        tokenizer = route.tokenizer if route.tokenizer is not None else self._tokenizer
-        return _copy_of(tokenizer), min(_max_tokens_of(route), task_limit(route, task) or _UNBOUNDED)
+        tokenizer, unknown = self._tokenizer, self.unknown
+        if route.tokenizer is not None and route.tokenizer is not self._tokenizer:
+            tokenizer, unknown = route.tokenizer, unknown_of(route.tokenizer)
+        return _copy_of(tokenizer, unknown), min(_max_tokens_of(route), task_limit(route, task) or UNLIMITED_TOKENS)
 
     def start(self, batch: Batch) -> Any:
         """Run a batch; on a GPU the work is only queued."""
@@ -146,7 +160,7 @@ class TorchEncoder:
         if self._weights is None:  # only now: an unsaved job with a large live model never pays for it
             self._weights = hash_tensors(self.model.state_dict())
         return {
-            "weights": self._weights,
+            "weights": self._weights if self._shows_weights() else self._hash_behaviour(),
             "tokenizer": _tokenizer_hash(self.fast_tokenizer, self._tokenizer),
             "modules": hashlib.sha256(json.dumps(modules, sort_keys=True, default=str).encode()).hexdigest(),
             "dtype": self.dtype,
@@ -184,7 +198,7 @@ class TorchEncoder:
         """Whether our ids are what the model's own preprocessing makes; remembers which features it wants."""
         if self.fast_tokenizer is None or self._takes_tasks:
             return False
-        features = dict(self.model.preprocess([_PROBE], prompt=self.prompt or None))
+        features = self._features_of_probe()
         if not {"input_ids", "attention_mask"} <= set(features) <= _PLAIN_FEATURES:
             return False
         own = self.tokenizer().tokenize([self.prompt + _PROBE])[0].ids
@@ -195,22 +209,85 @@ class TorchEncoder:
         theirs = features["input_ids"][0]
         return bool(len(theirs) == len(own) and (theirs.numpy() == own).all() and features["attention_mask"].all())
 
-    def _forward(self, batch: Batch, prompt: str = "", task: str | None = None) -> Any:
-        """Vectors of a batch, whose rows have one prompt and task where the model is told of them."""
-        told = {} if task is None else {"task": task}
-        features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt, told)
-        if self._takes_ids and self._sees_prompts:
-            features.pop("prompt_length", None)
-            told = dict(self.model.preprocess([_PROBE], prompt=prompt or None))
-            if "prompt_length" in told:
-                features["prompt_length"] = told["prompt_length"]
-        return self.model(self._on_device(features), **told)["sentence_embedding"]
+    def _find_dim(self) -> int:
+        """Dimensions of a vector, known from one: a model may not say it, or say that of its tokens' vectors.
+
+        Raises:
+            ModelError: The model does not make one vector of a text.
+        """
+        found = self._output_of_probe().get("sentence_embedding")
+        if found is None:
+            raise _no_pooling(self.name)
+        if found.ndim != 2 or len(found) != 1:
+            raise ModelError(f"the model {self.name!r} makes a result of shape {list(found.shape)} of one text")
+        return int(min(found.shape[1], self.model.truncate_dim or found.shape[1]))
+
+    def _choose_side(self) -> None:
+        """Pad on the right where padding on the left, as the tokenizer says, would give a text other positions."""
+        if not self._takes_ids or self._tokenizer.padding_side != "left":
+            return
+        tokenizer = self.tokenizer()
+        probe, longer = (Chunk(0, 0, "", 0, tokenizer.tokenize([text])[0].ids, 1) for text in ("A probe", _PROBE))
+        alone = self.finish(self.start(Batch((probe,))))[0]
+        beside = self.finish(self.start(Batch((probe, longer))))[0]
+        if float(alone @ beside) < 0.9999 * float(np.linalg.norm(alone) * np.linalg.norm(beside)):
+            self._tokenizer.padding_side = "right"
+
+    def _output_of_probe(self) -> Mapping[str, Any]:
+        import torch
+
+        try:
+            with torch.inference_mode():
+                return dict(self.model(self._on_device(self._features_of_probe()), **self._told(self.first_task)))
+        except KeyError as error:
+            if error.args == ("sentence_embedding",):  # asked for by a module that comes after the pooling
+                raise _no_pooling(self.name) from error
+            raise _no_vector(self.name, error) from error
+        except ModelError:
+            raise
+        except Exception as error:
+            raise _no_vector(self.name, error) from error
+
+    def _features_of_probe(self) -> dict[str, Any]:
+        try:
+            return dict(self.model.preprocess([_PROBE], prompt=self.prompt or None, **self._told(self.first_task)))
+        except Exception as error:
+            raise _no_vector(self.name, error) from error
+
+    def _shows_weights(self) -> bool:
+        """Whether tensors are all that the first module computes with.
+
+        They are not in a bag of words, a session of another runtime, or layers that torch has quantised.
+        """
+        values = self.model[0].state_dict().values()
+        return bool(values) and all(hasattr(value, "is_floating_point") for value in values)
+
+    def _hash_behaviour(self) -> str:
+        """In place of weights: the settings and, rounded so that any machine finds the same, a vector."""
+        vector = self._output_of_probe()["sentence_embedding"][0].float().cpu().numpy()
+        rounded = np.round(vector / max(float(np.linalg.norm(vector)), 1e-9), 2) + 0.0
+        facts = json.dumps([_config_of(self.model[0]), rounded.tolist()], sort_keys=True, default=str)
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     def _on_device(self, features: dict[str, Any]) -> dict[str, Any]:
         return {
             name: value.to(self.model.device, non_blocking=True) if hasattr(value, "to") else value
             for name, value in features.items()
         }
+
+    def _told(self, task: str | None) -> dict[str, str]:
+        return {} if task is None else {"task": task}
+
+    def _forward(self, batch: Batch, prompt: str = "", task: str | None = None) -> Any:
+        """Vectors of a batch, whose rows have one prompt and task where the model is told of them."""
+        told = self._told(task)
+        features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt, told)
+        if self._takes_ids and self._sees_prompts:
+            features.pop("prompt_length", None)
+            probe = dict(self.model.preprocess([_PROBE], prompt=prompt or None))
+            if "prompt_length" in probe:
+                features["prompt_length"] = probe["prompt_length"]
+        return self.model(self._on_device(features), **told)["sentence_embedding"]
 
     def _from_ids(self, batch: Batch) -> dict[str, Any]:
         import torch
@@ -245,9 +322,11 @@ def _fast(tokenizer: Any) -> RustTokenizer | None:
     return backend if isinstance(backend, RustTokenizer) else None
 
 
-def _copy_of(tokenizer: Any) -> Tokenizer:
+def _copy_of(tokenizer: Any, unknown: str | None) -> Tokenizer:
     fast = _fast(tokenizer)
-    return SlowTokenizer(tokenizer) if fast is None else FastTokenizer(fast, getattr(tokenizer, "unk_token", None))
+    if fast is not None:
+        return FastTokenizer(fast, unknown)
+    return SlowTokenizer(tokenizer) if callable(tokenizer) else WordTokenizer(tokenizer)
 
 
 def _name_of(model: Any) -> str:
@@ -255,11 +334,28 @@ def _name_of(model: Any) -> str:
     return str(getattr(config, "_name_or_path", None) or type(model).__name__)
 
 
-def _dim_of(model: Any) -> int:
-    dim = model.get_embedding_dimension()
-    if not dim:
-        raise ModelError("the model does not say how many dimensions its vectors have")
-    return int(dim)
+def _no_pooling(name: str) -> ModelError:
+    return ModelError(
+        f"the model {name!r} has no pooling module: it makes a vector of each token, as ColBERT models do, and not one "
+        "of the text. Give a model that was made for embeddings of texts"
+    )
+
+
+def _no_vector(name: str, error: Exception) -> ModelError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(f"the model {name!r} cannot embed a text: {type(error).__name__}: {reason}")
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The model's tokenizer, able to pad; None if there is none."""
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if tokenizer is not None and not callable(tokenizer):
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # one of transformers, dressed up as one of words
+    if getattr(tokenizer, "pad_token", "") is None:
+        # Models that were made to continue texts have none, and `encode` refuses even one text then. Any token will do:
+        # the mask hides it.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 def _prompt_of(model: Any, prompt: str | None, prompt_name: str | None) -> str:
@@ -274,11 +370,36 @@ def _prompt_of(model: Any, prompt: str | None, prompt_name: str | None) -> str:
 
 
 def _max_tokens_of(model: Any) -> int:
+    """Most tokens of a row: what the model says, or what its config does, but no more than it has positions for."""
     limit = model.get_max_seq_length()
-    if limit is None or limit > _UNBOUNDED:
-        config = getattr(model[0], "config", None)
-        limit = getattr(config, "max_position_embeddings", None) or _UNBOUNDED
-    return int(limit)
+    if not _is_limit(limit):
+        limit = getattr(getattr(model[0], "config", None), "max_position_embeddings", None)
+    return int(min(limit if _is_limit(limit) else UNLIMITED_TOKENS, _n_positions(model[0])))
+
+
+def _is_limit(value: Any) -> bool:
+    """Whether it is a limit: tokenizers without one say 10**30, XLNet's config -1."""
+    return value is not None and 0 < value <= UNLIMITED_TOKENS
+
+
+def _n_positions(module: Any) -> int:
+    """Positions that a model of texts has learnt vectors for; those up to the padding token's number are never used."""
+    found = [UNLIMITED_TOKENS]
+    for part in module.modules():
+        for tokens, positions in _POSITIONS:
+            table: Any = getattr(part, positions, None)
+            if hasattr(table, "num_embeddings") and hasattr(getattr(part, tokens, None), "num_embeddings"):
+                unused = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
+                found.append(table.num_embeddings - unused)
+    return min(found)
+
+
+def _default_chunk_size(model: Any, max_tokens: int) -> int | None:
+    """Tokens of a chunk where the model has no limit: a row's memory grows with its square. None: all that it takes.
+
+    What looks at words one by one takes a text of any length as a whole.
+    """
+    return CHUNK_OF_UNLIMITED if max_tokens == UNLIMITED_TOKENS and model.transformers_model is not None else None
 
 
 def _config_of(module: Any) -> Any:
@@ -287,7 +408,7 @@ def _config_of(module: Any) -> Any:
 
 def _tokenizer_hash(fast: RustTokenizer | None, tokenizer: Any) -> str:
     if fast is None:
-        facts = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+        facts = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True, default=list)
     else:
         bare = RustTokenizer.from_str(fast.to_str())
         bare.no_truncation()

@@ -27,7 +27,7 @@ def hash_tensors(tensors: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors, key=_canonical):
         tensor = tensors[name]
-        if not tensor.is_floating_point():
+        if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
             continue
         flat = tensor.detach().to("cpu").contiguous()
         header = f"{_canonical(name)} {str(flat.dtype).removeprefix('torch.')} {list(flat.shape)}\n"

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from asyncembed.chunking import Chunker
-from asyncembed.encoders import Encoder, check_dim, input_of, instruction_of, load_encoder
+from asyncembed.encoders import Encoder, check_dim, default_chunk_size, input_of, instruction_of, load_encoder
 from asyncembed.errors import OptionsError
 from asyncembed.options import EmbedOptions
 from asyncembed.splitting import TextSplitter
@@ -68,7 +68,7 @@ def load_chunker(
     if options.chunk_size is None and adopted is not None:
         with suppress(OptionsError):  # of another model or prompt: the comparison of fingerprints will name it
             return chunker(adopted)
-    return chunker(options.chunk_size)
+    return chunker(options.chunk_size or default_chunk_size(encoder, max_tokens))
 
 
 def run_fingerprint(encoder: Encoder, chunker: Chunker, options: EmbedOptions) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class _UnderWay:
         self.n_tokens = n_tokens
         self.handle = handle
         self.vectors: FloatMatrix | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
 
 class WatchedEncoder:
@@ -73,7 +73,7 @@ class WatchedEncoder:
         self._keeper.before(n_tokens, chunk)
         try:
             handle = _UnderWay(n_tokens, self._encoder.start(batch))
-        except Exception as error:
+        except BaseException as error:
             self._keeper.after(n_tokens, error)
             raise
         if chunk is not None:
@@ -97,7 +97,7 @@ class WatchedEncoder:
             return
         try:
             batch.vectors = self._encoder.finish(batch.handle)
-        except Exception as error:
+        except BaseException as error:  # whatever it is, `finish` raises it
             batch.error = error
         batch.handle = None
         self._keeper.after(batch.n_tokens, batch.error)

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import Future
 from typing import Any
 
+import anyio
 import pytest
 
 from asyncembed.threads import WorkerThread
@@ -143,3 +144,24 @@ async def test_aclose_cancelled_while_waiting_thread_ends_by_itself() -> None:
     assert not thread.is_alive()
     assert gate.ended
     assert made == []
+
+
+@pytest.mark.parametrize(
+    "error", [StopIteration, StopAsyncIteration, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
+)
+async def test_run_call_raises_what_a_future_cannot_hold_ends_the_wait(error: type[BaseException]) -> None:
+    worker = WorkerThread("core-strange")
+
+    def call() -> None:
+        raise error("no more")
+
+    with anyio.fail_after(30):
+        with pytest.raises(RuntimeError, match=f"{error.__name__} was raised in a thread: no more") as raised:
+            await worker.run(call)
+        assert isinstance(raised.value.__cause__, error)
+        with pytest.raises(RuntimeError, match=error.__name__):
+            await asyncio.get_running_loop().run_in_executor(worker.executor, call)
+        assert await worker.run(int, "7") == 7  # the thread lives on
+        with pytest.raises(RuntimeError, match=error.__name__):
+            await worker.aclose(call)
+    assert threads_named("core-strange") == []

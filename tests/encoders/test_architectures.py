@@ -163,7 +163,7 @@ def test_embedded_model_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_model_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="there is no model in"):
         load_encoder(EmbedOptions(model=str(empty), device="cpu"))
 
 
