@@ -12,6 +12,7 @@ from asyncembed.cli.exits import Exit
 from asyncembed.cli.parsing import parse
 from asyncembed.cli.request import Request
 from asyncembed.cli.signals import Signals
+from asyncembed.cli.streams import writing_out
 from asyncembed.errors import OptionsError, StoreMismatchError
 
 if TYPE_CHECKING:
@@ -24,8 +25,10 @@ def run_program(arguments: Sequence[str], signals: Signals) -> int:
     Returns:
         The exit code.
     """
+    request: Request | int = Exit.DONE
     try:
-        request = parse(arguments)
+        with writing_out():
+            request = parse(arguments)
     except Exception as error:
         return Console(quiet=True).explain(error)
     if isinstance(request, int):

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import psutil
 
+from asyncembed.cache import cache_folder
 from asyncembed.limits import LearntLimit
 
 logger = logging.getLogger("asyncembed")
@@ -53,7 +53,7 @@ class Remembered:
 
 def limits_root() -> Path:
     """Where what was learnt is kept."""
-    return Path(platformdirs.user_cache_dir("asyncembed")) / "limits"
+    return cache_folder() / "limits"
 
 
 class LimitFile:

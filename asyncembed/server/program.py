@@ -10,7 +10,9 @@ import click
 
 from asyncembed.cli.exits import Exit, exit_code_of, known_error
 from asyncembed.cli.signals import Signals
+from asyncembed.cli.streams import writing_out
 from asyncembed.server.parsing import PROGRAM_NAME, parse
+from asyncembed.server.settings import ServerSettings
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 """What the extra `server` brings."""
@@ -23,7 +25,9 @@ def run_program(arguments: Sequence[str], signals: Signals) -> int:
         The exit code.
     """
     try:
-        settings = parse(arguments)
+        settings: ServerSettings | int = Exit.DONE
+        with writing_out():
+            settings = parse(arguments)
         if isinstance(settings, int):
             return settings
         missing = [name for name in NEEDED if not _is_installed(name)]
