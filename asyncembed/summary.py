@@ -22,6 +22,7 @@ class Summary:
         cached: Saved by an earlier run, not computed again.
         duplicates: Repeats within this run of a text it had computed.
         failed: Without a vector; the reasons are in `EmbedStream.failures` and `errors.jsonl`.
+        others: Texts in the folder that are none of this run's input; None if they were not counted.
         skipped: Rows of a file that could not be a text, skipped on request, and blank ones.
         blank: How many of the skipped rows were only blank.
         chunks: Chunks of the embedded texts.
@@ -46,6 +47,7 @@ class Summary:
     cached: int = 0
     duplicates: int = 0
     failed: int = 0
+    others: int | None = None
     skipped: int = 0
     blank: int = 0
     chunks: int = 0

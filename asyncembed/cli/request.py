@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from inspect import signature
 
 from asyncembed.options import EmbedOptions
 
@@ -28,3 +29,16 @@ class Request:
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
+
+    def texts_in_python(self) -> str | None:
+        """The call that reads the same texts in Python; None for standard input, which is gone."""
+        from asyncembed.sources import read_texts
+
+        if self.input == "-":
+            return None
+        taken = signature(read_texts).parameters
+        defaults = {field.name: field.default for field in fields(EmbedOptions)}
+        chosen = {name: getattr(self.options, name) for name in defaults if name in taken}
+        arguments = [f"{name}={value!r}" for name, value in chosen.items() if value != defaults[name]]
+        arguments += [f"limit={self.limit}"] if self.limit is not None else []
+        return f"read_texts({', '.join([repr(self.input), *arguments])})"
