@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from inspect import signature
 
@@ -31,10 +32,10 @@ class Request:
     verbose: bool = False
 
     def texts_in_python(self) -> str | None:
-        """The call that reads the same texts in Python; None for standard input, which is gone."""
+        """The call that reads the same texts in Python; None for what is gone: standard input, another pipe."""
         from asyncembed.sources import read_texts
 
-        if self.input == "-":
+        if not os.path.isfile(self.input):
             return None
         taken = signature(read_texts).parameters
         defaults = {field.name: field.default for field in fields(EmbedOptions)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 
 import click
@@ -46,8 +47,9 @@ def run_program(arguments: Sequence[str], signals: Signals) -> int:
 
 
 def say(line: str) -> None:
-    """A line on standard error."""
-    click.echo(f"{PROGRAM_NAME}: {line}", err=True)
+    """A line on standard error, if that takes it."""
+    with suppress(OSError):
+        click.echo(f"{PROGRAM_NAME}: {line}", err=True)
 
 
 def _is_installed(name: str) -> bool:

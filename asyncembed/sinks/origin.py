@@ -25,7 +25,7 @@ STRANGE = "it was made with other weights or options than the rest of the folder
 # How the files begin that a job replaces or removes, also if somebody formatted them anew.
 _INDEX = re.compile(rb'\A\s*\{\s*"(version"\s*:\s*\d+\s*,\s*")?fingerprint"\s*:\s*\{|"[0-9a-f]{64}"\s*:\s*\{')
 _JOURNAL = re.compile(rb'\A\{"version":\d+[,}]')
-_ERRORS = re.compile(rb'\A\s*\{\s*"(index"\s*:\s*(\d+|null)\s*,\s*"id|place"\s*:\s*("[^"]*"|null)\s*,\s*"key)"')
+_ERRORS = re.compile(rb'\A\s*\{\s*"(index"\s*:\s*(\d+|null)\s*,\s*"id|place"\s*:\s*("([^"\\]|\\.)*"|null)\s*,\s*"key)"')
 _OWNER = re.compile(rb'\A\{"pid":')
 _LOCK = re.compile(rb"\A\d+\s")  # where the file system has no locks; empty elsewhere
 _RECORD = rb'\s*\{\s*"id"\s*:\s*"%b"'

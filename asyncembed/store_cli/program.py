@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
@@ -36,7 +37,8 @@ def run(arguments: Sequence[str]) -> int:
             with writing_out():
                 code = group.main(list(arguments), prog_name="asyncembed-store", standalone_mode=False)
         except click.ClickException as error:
-            error.show()
+            with suppress(OSError):
+                error.show()
             return error.exit_code
         except AsyncEmbedError as error:
             return console.explain(error)

@@ -94,6 +94,15 @@ async def test_job_goes_on_with_its_own_files_however_they_are_formatted_or_dama
         assert not (folder / "errors.jsonl").exists()
 
 
+def test_command_line_on_an_oddly_named_file_knows_its_own_notes_again(tmp_path: Path) -> None:
+    name = 'a "q" \\ b.txt'
+    (tmp_path / name).write_bytes(b"one\n\xffbad\n")
+    for _ in range(2):
+        done = run(name, "--on-bad-row", "skip", folder=tmp_path)
+        assert done.returncode == 1, done.stderr
+    assert json.loads((tmp_path / "data" / "errors.jsonl").read_bytes())["place"] == f"{name}:2"
+
+
 @pytest.mark.parametrize("more", [[], ["--dry-run"], ["--overwrite"]])
 def test_command_line_on_a_foreign_file_exits_3_with_its_path(more: list[str], tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("a heron on the river\n")

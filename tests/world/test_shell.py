@@ -47,6 +47,12 @@ def test_run_without_any_standard_stream_does_its_work(folder: Path) -> None:
     assert json.loads((folder / "data" / "embeddings_index.json").read_bytes())["n_completed"] == 2
 
 
+@pytest.mark.skipif(not FULL.exists(), reason="there is no device that is always full here")
+@pytest.mark.parametrize("module", ["asyncembed", "asyncembed.store_cli", "asyncembed.server"])
+def test_mistake_that_cannot_be_told_for_a_full_disk_keeps_its_exit_code(module: str, folder: Path) -> None:
+    assert shell("run --no-such-option 2>/dev/full", folder, [sys.executable, "-m", module]).returncode == 2
+
+
 @pytest.mark.parametrize("streams", ["2>&-", "<&-"])
 def test_mistake_with_a_closed_stream_keeps_its_exit_code(streams: str, folder: Path) -> None:
     done = shell(f"run - {streams}", folder)
