@@ -23,7 +23,9 @@ _ELSE = "choose another save path, or overwrite"
 STRANGE = "it was made with other weights or options than the rest of the folder"
 
 # How the files begin that a job replaces or removes, also if somebody formatted them anew.
-_INDEX = re.compile(rb'\A\s*\{\s*"(version"\s*:\s*\d+\s*,\s*")?fingerprint"\s*:\s*\{|"[0-9a-f]{64}"\s*:\s*\{')
+_INDEX = re.compile(
+    rb'\A\s*\{\s*"(version"\s*:\s*\d+\s*,\s*")?fingerprint"\s*:\s*\{|"[0-9a-f]{64}"\s*:\s*\{\s*"status"'
+)
 _JOURNAL = re.compile(rb'\A\{"version":\d+[,}]')
 _ERRORS = re.compile(rb'\A\s*\{\s*"(index"\s*:\s*(\d+|null)\s*,\s*"id|place"\s*:\s*("([^"\\]|\\.)*"|null)\s*,\s*"key)"')
 _OWNER = re.compile(rb'\A\{"pid":')

@@ -19,7 +19,7 @@ IDENTITY = text_id(TEXTS[0])
 
 FOREIGN = {
     "errors.jsonl": b'{"time": "2024-05-01", "level": "error", "message": "the nightly import failed"}\n',
-    "embeddings_index.json": b'{"version": 3, "documents": {"intro.md": [0.1, 0.2]}}',
+    "embeddings_index.json": b'{"version": 3, "documents": {"%b": {"vector": [0.1]}}}' % IDENTITY.encode(),
     "embeddings_index.journal": b"Monday. Rain again.\n",
     ".lock": b"held by the backup\n",
     ".lock.owner": b"alice\n",
