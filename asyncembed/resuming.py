@@ -14,6 +14,7 @@ from asyncembed.sinks.header import Header
 from asyncembed.sinks.index import index_state
 from asyncembed.sinks.journal import journal_header
 from asyncembed.sinks.lock import FolderLock
+from asyncembed.sinks.origin import check_ours
 
 
 def recorded_in(folder: Path | None) -> Mapping[str, Any]:
@@ -26,6 +27,7 @@ def recorded_in(folder: Path | None) -> Mapping[str, Any]:
     if folder is None:
         return {}
     paths = StorePaths.of(folder)
+    check_ours(paths)
     make_folders(paths)
     lock = FolderLock(paths)
     try:

@@ -204,10 +204,6 @@ take_lock() {
     # Without flock a folder is the lock; one whose owner is dead is taken away.
     lock=$lock.d
     until mkdir -- "$lock" 2>/dev/null; do
-        if [[ ! -w $root ]]; then
-            say "$root cannot be written to"
-            return 1
-        fi
         if [[ -z ${waiting:-} ]]; then say "another set-up is running; waiting for it ($lock)"; fi
         waiting=yes
         sleep 1
@@ -219,10 +215,34 @@ take_lock() {
     printf '%s\n' "${BASHPID:-$$}" >"$lock/pid"
 }
 
+# Whether what is missing can be made here at all. (access(2) answers: it knows rights, and read-only file systems.)
+may_write() {
+    local place=$root
+    if [[ -w $root && -e $venv ]]; then place=$venv; fi
+    if [[ -w $place ]]; then return; fi
+    say "$place cannot be written to, and the set-up makes .venv there: let somebody who may write to it call this" \
+        'command once, or copy the checkout to a folder of your own.'
+    return 1
+}
+
+# On Linux the package index has torch with CUDA alone: said before gigabytes of it come to a machine without the device.
+warn_of_cuda() {
+    [[ $OSTYPE == linux* && -z ${ASYNCEMBED_PIP_ARGS:-} ]] || return 0
+    local device
+    for device in /dev/nvidiactl /proc/driver/nvidia/version /dev/dxg; do
+        if [[ -e $device ]]; then return 0; fi
+    done
+    say 'there is no NVIDIA device here, yet pip will download PyTorch with CUDA, which takes some 5 GB of disk. For the' \
+        "build without it, a fifth of that, press Ctrl-C, choose Linux, Pip and CPU on PyTorch's Get Started page" \
+        "(https://pytorch.org/get-started/locally/), and call again with ASYNCEMBED_PIP_ARGS='--extra-index-url" \
+        "ADDRESS', the address being the one that stands there after --index-url."
+}
+
 # Makes .venv ready for `$1` (run or test), or ends the script: 3 if it cannot be made, 130 after Ctrl-C.
 ensure_ready() {
     local status=0
     if is_ready "$1"; then return; fi
+    may_write || exit 3
     # A shell of its own holds the lock and the traps. `set -e` would be off inside `( … ) || …`, so look at $? instead.
     set +e
     (
@@ -235,6 +255,7 @@ ensure_ready() {
             say 'setting up again: the installation in .venv is not what pyproject.toml and constraints.txt ask for'
         else
             say 'setting up; this happens once and takes some minutes, most of them for the download of torch'
+            warn_of_cuda
         fi
         set_up "$1"
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Iterable, Mapping
@@ -15,6 +13,7 @@ import click
 
 from asyncembed.cli.exits import Exit, exit_code_of, known_error
 from asyncembed.cli.progress import Display, Silent, make_display
+from asyncembed.cli.streams import writing_out
 
 logger = logging.getLogger("asyncembed")
 
@@ -37,9 +36,6 @@ class Console:
         self._log = _LogHandler(self)
 
     def __enter__(self) -> Console:
-        # A path may hold bytes that are no text: shown escaped, they end no run.
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")
         logger.addHandler(self._log)
         logger.setLevel(logging.DEBUG if self.verbose else logging.WARNING)
         return self
@@ -114,9 +110,10 @@ def describe(error: BaseException, verbose: bool) -> str:
 
 
 def print_out(text: str) -> None:
-    """Write to standard output; a reader that has gone away is no error of ours."""
-    try:
+    """Write to standard output.
+
+    Raises:
+        StoreError: It takes nothing.
+    """
+    with writing_out():
         print(text, flush=True)  # noqa: T201  # the program's output
-    except BrokenPipeError:
-        # Python flushes standard output once more when it ends, and would complain then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

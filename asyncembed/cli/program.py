@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from asyncembed.cli.console import Console
 from asyncembed.cli.exits import Exit
 from asyncembed.cli.parsing import parse
 from asyncembed.cli.request import Request
 from asyncembed.cli.signals import Signals
-from asyncembed.errors import StoreMismatchError
+from asyncembed.cli.streams import writing_out
+from asyncembed.errors import OptionsError, StoreMismatchError
+
+if TYPE_CHECKING:
+    from asyncembed.sinks.folder import StorePaths
 
 
 def run_program(arguments: Sequence[str], signals: Signals) -> int:
@@ -19,8 +25,10 @@ def run_program(arguments: Sequence[str], signals: Signals) -> int:
     Returns:
         The exit code.
     """
+    request: Request | int = Exit.DONE
     try:
-        request = parse(arguments)
+        with writing_out():
+            request = parse(arguments)
     except Exception as error:
         return Console(quiet=True).explain(error)
     if isinstance(request, int):
@@ -35,9 +43,12 @@ def run_program(arguments: Sequence[str], signals: Signals) -> int:
 
 def _perform(request: Request, console: Console, signals: Signals) -> int:
     # The input is opened before anything heavy is imported: a wrong name is told at once.
+    from asyncembed.sinks.folder import StorePaths
     from asyncembed.sources import read_texts
 
     options = request.options
+    if options.folder is not None:
+        _check_input(request.input, StorePaths.of(options.folder))
     if request.input == "-" and sys.stdin is not None and sys.stdin.isatty():
         console.say("reading texts from the terminal; Ctrl-D ends them")
     # Whoever reads the texts closes them. Not closed here: after a stop a thread may still wait in standard input, and
@@ -60,3 +71,15 @@ def _perform(request: Request, console: Console, signals: Signals) -> int:
     from asyncembed.cli.run import Run
 
     return Run(request, texts, console, signals).execute()
+
+
+def _check_input(name: str, paths: StorePaths) -> None:
+    """Refuse an input that the run would replace or remove.
+
+    Raises:
+        OptionsError: It is one of the folder's own files.
+    """
+    if os.path.realpath(name) in map(os.path.realpath, (paths.errors, paths.index, paths.journal)):
+        raise OptionsError(
+            f"{name} belongs to {paths.root}, and the run would replace it; copy it, or choose another folder"
+        )

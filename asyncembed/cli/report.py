@@ -18,12 +18,13 @@ def is_complete(summary: Summary) -> bool:
     return not summary.failed and summary.skipped == summary.blank
 
 
-def summary_lines(summary: Summary, source: str) -> Iterator[str]:
+def summary_lines(summary: Summary, source: str, texts: str | None = None) -> Iterator[str]:
     """The numbers in words.
 
     Args:
         summary: The numbers.
         source: The input's name.
+        texts: Python that reads the input again; None if it cannot be.
     """
     yield _headline(summary, source)
     if summary.chunks:
@@ -40,9 +41,7 @@ def summary_lines(summary: Summary, source: str) -> Iterator[str]:
         parts = [plural(summary.blank, "blank row")] * bool(summary.blank) + [plural(bad, "bad row")] * bool(bad)
         yield f"  {' and '.join(parts)} skipped"
     if summary.save_path is not None and summary.embedded + summary.cached:
-        yield f"  saved in {summary.save_path}; to read them back in Python:"
-        reading = f"ids, vectors = open_embeddings({summary.save_path!r}).to_numpy()"
-        yield f"    from asyncembed import open_embeddings; {reading}"
+        yield from _way_back(summary, texts)
     if summary.stopped:
         yield "  stopped before the end of the input; the same command goes on from there"
 
@@ -85,3 +84,22 @@ def _headline(summary: Summary, source: str) -> str:
     if summary.failed:
         parts.append(f"{summary.failed:,} failed")
     return f"{source}: {plural(summary.texts, 'text')}: {', '.join(parts)}"
+
+
+def _way_back(summary: Summary, texts: str | None) -> Iterator[str]:
+    """How to read the results in Python: all that the folder holds, or those of this run's input alone."""
+    folder = f"open_embeddings({summary.save_path!r})"
+    # 1. Nothing else is there, or all of the input is not. 2. It can be read again. 3. It came through a pipe.
+    if not summary.others or summary.stopped:
+        yield f"  saved in {summary.save_path}; to read them back in Python:"
+        yield f"    from asyncembed import open_embeddings; ids, vectors = {folder}.to_numpy()"
+        return
+    beside = f"  saved in {summary.save_path}, beside {plural(summary.others, 'text')} of other runs"
+    if texts is not None:
+        missing = ", missing='nan'" if summary.failed else ""
+        yield f"{beside}; to read back these alone in Python, in the order of the input:"
+        yield "    from asyncembed import open_embeddings, read_texts"
+        yield f"    ids, vectors = {folder}.to_numpy({texts}, order='input'{missing})"
+    else:
+        yield f"{beside}: an input that is to be read back alone needs a folder of its own (-o); all of them in Python:"
+        yield f"    from asyncembed import open_embeddings; ids, vectors = {folder}.to_numpy()"

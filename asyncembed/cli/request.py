@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, fields
+from inspect import signature
 
 from asyncembed.options import EmbedOptions
 
@@ -28,3 +30,16 @@ class Request:
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
+
+    def texts_in_python(self) -> str | None:
+        """The call that reads the same texts in Python; None for what is gone: standard input, another pipe."""
+        from asyncembed.sources import read_texts
+
+        if not os.path.isfile(self.input):
+            return None
+        taken = signature(read_texts).parameters
+        defaults = {field.name: field.default for field in fields(EmbedOptions)}
+        chosen = {name: getattr(self.options, name) for name in defaults if name in taken}
+        arguments = [f"{name}={value!r}" for name, value in chosen.items() if value != defaults[name]]
+        arguments += [f"limit={self.limit}"] if self.limit is not None else []
+        return f"read_texts({', '.join([repr(self.input), *arguments])})"

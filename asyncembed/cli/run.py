@@ -133,7 +133,7 @@ class Run:
         if self._request.as_json:
             console.result({**summary.as_dict(), "error": None if error is None else str(error)})
         elif error is None:
-            console.results(summary_lines(summary, self._texts.name))
+            console.results(summary_lines(summary, self._texts.name, self._request.texts_in_python()))
         if error is None:
             for line in advice(summary):
                 console.warn(line)

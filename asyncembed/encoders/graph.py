@@ -31,8 +31,11 @@ def convert(model: Any, *, with_types: bool, features: dict[str, Any]) -> Any:
     Raises:
         Exception: Whatever the conversion raises: the caller falls back on torch.
     """
-    import openvino as ov
     import torch
+
+    from asyncembed.encoders.openvino_encoder import import_openvino
+
+    ov = import_openvino()
 
     class Pipeline(torch.nn.Module):
         def __init__(self) -> None:

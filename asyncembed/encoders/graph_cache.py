@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import platformdirs
+from asyncembed.cache import cache_folder
 
 logger = logging.getLogger("asyncembed")
 
@@ -76,7 +76,7 @@ class CachedGraph:
 
 def cache_root() -> Path:
     """Where graphs are kept."""
-    return Path(platformdirs.user_cache_dir("asyncembed")) / "graphs"
+    return cache_folder() / "graphs"
 
 
 def graph_key(folder: Path) -> str:
@@ -98,7 +98,7 @@ def load_graph(key: str) -> CachedGraph | None:
             if _digest(folder / name) != meta["digests"][name]:
                 raise ValueError(f"{name} is damaged")
         return CachedGraph(folder, GraphFacts(**meta["facts"]))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the cached graph in %s is unusable (%s); it is made anew", folder, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -40,8 +41,7 @@ class OpenVinoEncoder:
     device = "cpu"
 
     def __init__(self, graph: CachedGraph, *, name: str, dtype: str, prompt: str) -> None:
-        import openvino as ov
-
+        ov = import_openvino()
         self._tensor = ov.Tensor
         self.name = name
         self.dtype = dtype
@@ -154,6 +154,22 @@ class OpenVinoEncoder:
         return [ids, mask, np.zeros_like(ids)] if self._facts.with_types else [ids, mask]
 
 
+def import_openvino() -> Any:
+    """The package `openvino`, told that its telemetry is not installed: it would report the import and conversions.
+
+    A program that has imported `openvino` or `openvino_telemetry` itself keeps what it has.
+    """
+    added = "openvino_telemetry" not in sys.modules
+    if added:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # means: cannot be imported
+    try:
+        import openvino
+    finally:
+        if added:
+            sys.modules.pop("openvino_telemetry", None)
+    return openvino
+
+
 def compile_graph(ov: Any, model: Any, dtype: str) -> Any:
     """Compile a graph (a path or an `openvino.Model`) for throughput on this CPU."""
     settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": _HINTS[dtype]}
@@ -162,8 +178,7 @@ def compile_graph(ov: Any, model: Any, dtype: str) -> Any:
 
 def supported_dtypes() -> set[str]:
     """Precisions in which this CPU's OpenVINO plugin computes natively."""
-    import openvino as ov
-
+    ov = import_openvino()
     capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     names = {"FP32": "float32", "BF16": "bfloat16", "FP16": "float16"}
     return {names[found] for found in capabilities if found in names}

@@ -21,7 +21,7 @@ from asyncembed.encoders.graph_cache import (
     resolve_prompt,
     store_graph,
 )
-from asyncembed.encoders.openvino_encoder import OpenVinoEncoder, compile_graph, supported_dtypes
+from asyncembed.encoders.openvino_encoder import OpenVinoEncoder, compile_graph, import_openvino, supported_dtypes
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import EmbedOptions
 
@@ -76,10 +76,9 @@ def check_dtype(dtype: str) -> str | None:
 
 
 def _make(encoder: TorchEncoder, key: str) -> CachedGraph:
-    import openvino as ov
-
     from asyncembed.encoders.graph import check, convert
 
+    ov = import_openvino()
     plain = encoder.plain_features()
     if plain is None or encoder.fast_tokenizer is None:
         raise ModelError("it takes more than token ids and a mask")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import platformdirs
+from asyncembed.cache import cache_folder
 
 _MODULE = re.compile(r"^(\d+\.)(?:auto_model\.|model\.)?")
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -47,7 +47,7 @@ def cached_hash(folder: Path | None, variant: str, compute: Callable[[], str]) -
     files = sorted({path for pattern in _WEIGHT_FILES for path in folder.rglob(pattern)}) if folder else []
     if not files:
         return compute()
-    remembered = Path(platformdirs.user_cache_dir("asyncembed")) / "weights" / f"{_cache_key(files, variant)}.sha256"
+    remembered = cache_folder() / "weights" / f"{_cache_key(files, variant)}.sha256"
     try:
         known = remembered.read_text()
         if re.fullmatch(r"[0-9a-f]{64}", known):

@@ -163,6 +163,7 @@ class Job:
             padded = done.consumer.padded_tokens - before.padded_tokens
             summary.padding = round((padded - useful) / useful, 4) if useful else 0.0
             summary.token_limit = done.token_limit
+        summary.others = self._lookup.n_others
         summary.total_seconds = round(process_seconds(), 3)
         summary.peak_rss_bytes = peak_rss_bytes()
         if self._ready_at is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress
 
 from anyio.streams.memory import MemoryObjectReceiveStream
 
@@ -13,8 +14,11 @@ from asyncembed.intake import Submission
 from asyncembed.job.pending import Pending
 from asyncembed.lane import Lane
 from asyncembed.records import Rejected, text_id
-from asyncembed.sinks import JsonStore
+from asyncembed.sinks import DigestSet, JsonStore
 from asyncembed.threads import WorkerThread
+
+MOST_COUNTED = 1_000_000
+"""In a larger folder it is not counted how many of its texts are none of the input: that takes 16 bytes for each."""
 
 
 class Lookup:
@@ -39,10 +43,18 @@ class Lookup:
         self._finished = finished
         self._leaders: dict[str, Pending] = {}
         self._settled_meanwhile: set[str] = set()
+        self._found = DigestSet()  # texts of the input that an earlier run has saved
         self._thread = WorkerThread("asyncembed-lookup")
 
     def __repr__(self) -> str:
         return f"<Lookup under_way={len(self._leaders)}>"
+
+    @property
+    def n_others(self) -> int | None:
+        """Texts that earlier runs have saved and the input has not named so far; None if they are not counted."""
+        if self._store is None or self._store.n_done > MOST_COUNTED:
+            return None
+        return self._store.n_done - len(self._found)
 
     async def run(self, admitted: MemoryObjectReceiveStream[list[Pending]], lane: Lane) -> None:
         """Look up all that is admitted, to the end of the stream."""
@@ -77,7 +89,10 @@ class Lookup:
         if self._store is None:
             return [False] * len(group)
         texts = [pending.id for pending in group if pending.id]
-        found = iter(self._store.done_before(texts))
+        done = self._store.done_before(texts)
+        if self.n_others is not None:
+            self._found.add_many(list(compress(texts, done)))
+        found = iter(done)
         return [next(found) if pending.id else False for pending in group]
 
     def _sort(

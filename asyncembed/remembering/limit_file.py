@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import platformdirs
 import psutil
 
+from asyncembed.cache import cache_folder
 from asyncembed.limits import LearntLimit
 
 logger = logging.getLogger("asyncembed")
@@ -67,7 +67,7 @@ class Death(NamedTuple):
 
 def limits_root() -> Path:
     """Where what was learnt is kept."""
-    return Path(platformdirs.user_cache_dir("asyncembed")) / "limits"
+    return cache_folder() / "limits"
 
 
 class LimitFile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from asyncembed.cli.signals import Signals
+from asyncembed.cli.streams import mend_streams
 
 __all__ = ["main"]
 
@@ -19,6 +20,7 @@ def main() -> int:
     """
     signals = Signals("asyncembed-server", farewell="left at once; requests under way were cut off")
     signals.install()
+    mend_streams()
     # Imported only now: a Ctrl-C during the imports is answered like any other.
     from asyncembed.server.program import run_program
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 
 import click
 
 from asyncembed.cli.exits import Exit, exit_code_of, known_error
 from asyncembed.cli.signals import Signals
+from asyncembed.cli.streams import writing_out
 from asyncembed.server.parsing import PROGRAM_NAME, parse
+from asyncembed.server.settings import ServerSettings
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 """What the extra `server` brings."""
@@ -23,7 +26,9 @@ def run_program(arguments: Sequence[str], signals: Signals) -> int:
         The exit code.
     """
     try:
-        settings = parse(arguments)
+        settings: ServerSettings | int = Exit.DONE
+        with writing_out():
+            settings = parse(arguments)
         if isinstance(settings, int):
             return settings
         missing = [name for name in NEEDED if not _is_installed(name)]
@@ -42,8 +47,9 @@ def run_program(arguments: Sequence[str], signals: Signals) -> int:
 
 
 def say(line: str) -> None:
-    """A line on standard error."""
-    click.echo(f"{PROGRAM_NAME}: {line}", err=True)
+    """A line on standard error, if that takes it."""
+    with suppress(OSError):
+        click.echo(f"{PROGRAM_NAME}: {line}", err=True)
 
 
 def _is_installed(name: str) -> bool:

@@ -49,8 +49,16 @@ class StorePaths:
 
     @classmethod
     def of(cls, save_path: str | os.PathLike[str]) -> StorePaths:
-        """The paths under `save_path`; nothing is touched."""
-        return cls(os.path.abspath(os.fspath(save_path)))
+        """The paths under `save_path`; nothing is touched.
+
+        Raises:
+            StoreError: It is relative to a working directory that was removed.
+        """
+        try:
+            return cls(os.path.abspath(os.fspath(save_path)))
+        except FileNotFoundError as error:
+            reason = "the working directory was removed; change to another, or give an absolute path"
+            raise StoreError(f"{os.fspath(save_path)}: {reason}") from error
 
     @property
     def index(self) -> str:

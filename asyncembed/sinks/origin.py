@@ -1,16 +1,17 @@
-"""Whether the per-text files were made with what the folder, or a run that goes on with it, says."""
+"""Whether the files of a folder are this library's, and made with what the folder, or a run on it, says."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import compress
 
-from asyncembed.errors import CorruptRecordError, StoreMismatchError
+from asyncembed.errors import CorruptRecordError, StoreError, StoreMismatchError
 from asyncembed.sinks.digests import DigestSet
-from asyncembed.sinks.folder import StorePaths, record_ids
+from asyncembed.sinks.folder import StorePaths, record_ids, storage_errors
 from asyncembed.sinks.header import Header
 from asyncembed.sinks.record_file import StoredText, read_record
 from asyncembed.wording import plural
@@ -20,6 +21,65 @@ _SHOWN = 2  # files that a message names
 _MOVE = "asyncembed-store verify names them: move them away, and the next run makes theirs anew"
 _ELSE = "choose another save path, or overwrite"
 STRANGE = "it was made with other weights or options than the rest of the folder"
+
+# How the files begin that a job replaces or removes, also if somebody formatted them anew.
+_INDEX = re.compile(
+    rb'\A\s*\{\s*"(version"\s*:\s*\d+\s*,\s*")?fingerprint"\s*:\s*\{|"[0-9a-f]{64}"\s*:\s*\{\s*"status"'
+)
+_JOURNAL = re.compile(rb'\A\{"version":\d+[,}]')
+_ERRORS = re.compile(rb'\A\s*\{\s*"(index"\s*:\s*(\d+|null)\s*,\s*"id|place"\s*:\s*("([^"\\]|\\.)*"|null)\s*,\s*"key)"')
+_OWNER = re.compile(rb'\A\{"pid":')
+_LOCK = re.compile(rb"\A\d+\s")  # where the file system has no locks; empty elsewhere
+_RECORD = rb'\s*\{\s*"id"\s*:\s*"%b"'
+_HEAD_BYTES = 1 << 16
+
+
+def check_ours(paths: StorePaths) -> None:
+    """Refuse a folder in which another program's file has the name of one that a job replaces or removes.
+
+    Where nothing else says that the folder is this library's, its per-text files are looked at too. Where something
+    does, an index, journal or text that cannot be read is damaged, and no stranger.
+
+    Raises:
+        StoreError: There is such a file, which is named.
+    """
+    shapes = {paths.errors: _ERRORS, paths.owner: _OWNER, paths.lock: _LOCK}
+    cores = {paths.journal: _JOURNAL, paths.index: _INDEX}
+    with storage_errors(paths.root):
+        heads = {path: _head(path) for path in (*shapes, *cores)}
+        strange = [path for path, shape in shapes.items() if heads[path] and not shape.match(heads[path])]
+        if not any(shape.search(heads[path]) for path, shape in cores.items()):
+            n_texts = 0
+            for identity in (identity for block in record_ids(paths) for identity in block):
+                n_texts += 1
+                if not _is_record(paths.record(identity), identity):
+                    strange.append(paths.record(identity))
+                    break
+            strange += [path for path in cores if heads[path] and not n_texts]
+    if strange:
+        raise StoreError(
+            f"{strange[0]}: this file is not asyncembed's, and a job would replace or remove it; move it away, or "
+            "choose another save path"
+        )
+
+
+def _head(path: str) -> bytes:
+    """How a file begins; empty if there is none, or nothing but the zeros that a power cut leaves."""
+    if not os.path.isfile(path):
+        return b""
+    with open(path, "rb") as file:
+        return file.read(_HEAD_BYTES).lstrip(b"\0")
+
+
+def _is_record(path: str, identity: str) -> bool:
+    """Whether a file is a text's, be it torn."""
+    head = _head(path)
+    if not head or re.match(_RECORD % identity.encode(), head):
+        return True
+    try:
+        return read_record(identity, path).id == identity
+    except CorruptRecordError:
+        return False
 
 
 def is_of(stored: StoredText, header: Header) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from asyncembed.errors import CorruptRecordError, OptionsError, StoreError
-from asyncembed.records import FloatVector, Text, text_id
+from asyncembed.records import FloatVector, Rejected, SourceItem, Text, text_id
 from asyncembed.sinks.entries import FAILED, keys_of, parse
 from asyncembed.sinks.folder import StorePaths, record_ids, storage_errors
 from asyncembed.sinks.header import Header
@@ -152,7 +152,7 @@ class StoredEmbeddings:
 
     def to_numpy(
         self,
-        texts: Iterable[str | Text] | None = None,
+        texts: Iterable[str | SourceItem] | None = None,
         *,
         order: Literal["id", "input"] = "id",
         dtype: npt.DTypeLike = np.float32,
@@ -161,7 +161,7 @@ class StoredEmbeddings:
         """Ids and their vectors as one matrix, filled row by row.
 
         Args:
-            texts: The texts wanted; None takes all that are stored.
+            texts: The texts wanted, such as `read_texts("in.csv")` gives; None takes all that are stored.
             order: `id` gives each text once, ids ascending; `input` gives one row for each of `texts`, in their order,
                 a text that comes twice in two rows.
             dtype: A floating type.
@@ -182,7 +182,11 @@ class StoredEmbeddings:
             )
         if isinstance(texts, str) or (texts is None and order == "input"):
             raise OptionsError(f"texts={texts!r}: order='input' and a choice of texts need an iterable of texts")
-        ids = self.ids() if texts is None else [text_id(t.text if isinstance(t, Text) else t) for t in texts]
+        if texts is None:
+            ids = self.ids()
+        else:
+            named = (text for text in texts if not isinstance(text, Rejected))
+            ids = [text_id(text.text if isinstance(text, Text) else text) for text in named]
         if order == "id" and texts is not None:
             ids = sorted(set(ids))
         return ids, self._matrix(ids, np.dtype(dtype), missing == "nan")

@@ -15,7 +15,7 @@ from asyncembed.sinks.header import Header
 from asyncembed.sinks.index import foreign_entries, index_state, is_readable, merged_entries, write_index
 from asyncembed.sinks.journal import Journal, journal_header
 from asyncembed.sinks.lock import FolderLock
-from asyncembed.sinks.origin import STRANGE, is_of
+from asyncembed.sinks.origin import STRANGE, check_ours, is_of
 from asyncembed.sinks.record_file import read_record
 from asyncembed.sinks.recovery import listed_ids, salvage_index
 
@@ -75,6 +75,7 @@ def remove_damaged(paths: StorePaths, check: FolderCheck) -> Iterator[Fault]:
         StoreLockedError: A job is writing to the folder.
         StoreError: The folder cannot be read or written.
     """
+    check_ours(paths)
     lock = FolderLock(paths)
     try:
         lock.acquire()

@@ -26,7 +26,7 @@ from asyncembed.sinks.index import IndexState, index_state, write_index
 from asyncembed.sinks.journal import Journal, journal_header
 from asyncembed.sinks.keys import KnownKeys, Pair
 from asyncembed.sinks.lock import FolderLock
-from asyncembed.sinks.origin import check_origin, check_orphans
+from asyncembed.sinks.origin import check_origin, check_orphans, check_ours
 from asyncembed.sinks.placing import RecordFiles
 from asyncembed.sinks.record_file import StoredText, encode_record, read_record
 from asyncembed.sinks.recovery import listed_ids, repair, salvage_index
@@ -72,9 +72,10 @@ class FolderWriter:
 
         Raises:
             StoreLockedError: Another job writes to the folder.
-            StoreError: The folder cannot be used.
+            StoreError: The folder cannot be used, or holds a file of another program under a name of ours.
         """
         paths = self.paths
+        check_ours(paths)
         make_folders(paths, durable=self._durable)
         self._lock.acquire()
         with storage_errors(paths.root):

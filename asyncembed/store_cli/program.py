@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
 from asyncembed.cli.console import Console, print_out
 from asyncembed.cli.exits import Exit
+from asyncembed.cli.streams import writing_out
 from asyncembed.errors import AsyncEmbedError
 from asyncembed.sinks.checking import FolderCheck
 from asyncembed.sinks.folder import StorePaths
@@ -31,9 +33,12 @@ def run(arguments: Sequence[str]) -> int:
     """
     with Console() as console:
         try:
-            code: int = group.main(list(arguments), prog_name="asyncembed-store", standalone_mode=False)
+            code: int = Exit.DONE
+            with writing_out():
+                code = group.main(list(arguments), prog_name="asyncembed-store", standalone_mode=False)
         except click.ClickException as error:
-            error.show()
+            with suppress(OSError):
+                error.show()
             return error.exit_code
         except AsyncEmbedError as error:
             return console.explain(error)

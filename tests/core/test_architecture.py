@@ -40,7 +40,7 @@ ROOMS = [
     ["heap", "limits", "assembly", "runner"],
     ["tuning", "windows"],
     ["encoders"],
-    ["memory", "threads"],
+    ["cache", "memory", "threads"],
     ["records"],
     ["options"],
     ["errors", "wording"],

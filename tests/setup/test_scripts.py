@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+NVIDIA = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
+
 PYPROJECT = """\
 [build-system]
 requires = []
@@ -136,9 +138,43 @@ def test_first_call_sets_up_and_says_so_on_stderr_alone(tmp_path: Path) -> None:
         "arguments": ["notes.csv", "--column", "a b"],
         "folder": str(tmp_path.resolve()),
     }
+    assert "NVIDIA" not in first.stderr  # pip was told what to take
     assert [line[:17] for line in first.stderr.splitlines() if "/3]" in line] == [
         f"asyncembed: [{step}/3]" for step in (1, 2, 3)
     ]
+
+
+def test_first_call_without_the_right_to_write_says_so_in_one_sentence_and_makes_nothing(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], check=False).returncode:
+        pytest.skip("no right to mount a file system here")
+    script = 'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; "$1/bin/asyncembed"'
+    done = subprocess.run(
+        [*unshare, "sh", "-ec", script, "sh", tree],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert done.stderr == (
+        f"asyncembed: {tree} cannot be written to, and the set-up makes .venv there: let somebody who may write to it "
+        "call this command once, or copy the checkout to a folder of your own.\n"
+    )
+    assert not (tree / ".venv").exists()
+
+
+def test_first_call_without_an_nvidia_device_says_what_will_be_downloaded(tmp_path: Path) -> None:
+    if not sys.platform.startswith("linux") or any(map(os.path.exists, NVIDIA)):
+        pytest.skip("there is an NVIDIA device, or no Linux")
+    tree = make_tree(tmp_path)
+    done = call(tree / "bin" / "asyncembed", ASYNCEMBED_PIP_ARGS="", PIP_NO_INDEX="1", PIP_NO_BUILD_ISOLATION="0")
+    assert done.returncode == 0, done.stderr
+    before, after = done.stderr.split("[1/3]")
+    assert "there is no NVIDIA device here, yet pip will download PyTorch with CUDA" in before
+    assert "PyTorch's Get Started page (https://pytorch.org/get-started/locally/)" in before
+    assert "NVIDIA" not in after
+    assert (
+        "NVIDIA" not in call(make_tree(tmp_path / "other") / "bin" / "asyncembed").stderr
+    )  # pip was told what to take
 
 
 def test_second_call_says_nothing(tree: Path) -> None:

@@ -20,7 +20,7 @@ from asyncembed.records import SourceItem, Text, text_id
 from asyncembed.sinks import DigestSet, StoredEmbeddings
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.header import Header
-from asyncembed.sinks.origin import check_orphans
+from asyncembed.sinks.origin import check_orphans, check_ours
 from asyncembed.sources import FileTexts
 
 GROUP_TEXTS = 256
@@ -37,9 +37,12 @@ def dry_run(request: Request, texts: FileTexts, console: Console) -> Plan:
     Raises:
         SourceError: The input cannot be read.
         ModelError: The model cannot be loaded.
+        StoreError: The folder cannot be used.
     """
     options = request.options
     folder = options.folder
+    if folder is not None:
+        check_ours(StorePaths.of(folder))
     room = Room.at(folder) if folder is not None else None
     saved = saved_in(folder) if folder is not None and not options.overwrite else None
     recorded = saved.fingerprint or {} if saved is not None else {}
