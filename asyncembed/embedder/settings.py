@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from asyncembed.errors import OptionsError, TextTypeError
+from asyncembed.iterables import why_other_items, without_line_ends
 from asyncembed.lane import BULK, INTERACTIVE
 from asyncembed.options import MODEL_OPTIONS, EmbedOptions
 from asyncembed.records import AnyText, TokenText
@@ -106,10 +107,11 @@ def _listed(texts: object) -> list[Any]:
         raise TextTypeError(f"a text or a list of texts is needed, not {kind_of(texts)}; decode it first")
     if isinstance(texts, (Mapping, set, frozenset)):
         raise TextTypeError(f"a text or a list of texts is needed, not {kind_of(texts)}; pass its texts in a list")
+    if (reason := why_other_items(texts)) is not None:
+        raise TextTypeError(reason)
     if not any(hasattr(texts, method) for method in ("__iter__", "__getitem__")):
         raise TextTypeError(f"a text or a list of texts is needed, not {kind_of(texts)}")
-    items: Any = texts
-    return list(items)
+    return list(without_line_ends(texts))
 
 
 def check_deadline(deadline_s: object) -> None:
