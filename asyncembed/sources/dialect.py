@@ -62,6 +62,24 @@ def check_dialect(lines: LineReader, beginning: bytes, how: CsvOptions) -> None:
         _log.warning("%s: %s", lines.name, found.words)
 
 
+def check_lines(lines: LineReader, beginning: bytes) -> None:
+    """Look at the first lines of a file that is read line by line; say what speaks for another format."""
+    text = beginning.removeprefix(BOM).decode("utf-8", "replace")
+    tabs = [line.split("\t") for line in text.split("\n")[:_N_ROWS] if line]
+    # 1. JSON; 2. the names of CSV's columns; 3. cells between tabs.
+    if text.lstrip().startswith(("[{", '["', '{"')):
+        kind, option = "JSON", "json"
+    elif "," in (first := text.partition("\n")[0]) and ", " not in first and _looks_like_names(first.split(",")):
+        kind, option = "CSV", "csv"
+    elif len(tabs) > 1 and _share_of_width(tabs) > 0.9:
+        kind, option = "a table with tabs", "csv --delimiter tab"
+    else:
+        return
+    _log.warning(
+        "%s looks like %s, and each line is taken as a text; --input-format %s reads it so", lines.name, kind, option
+    )
+
+
 class _Finding(NamedTuple):
     """What was found: a stop or a warning."""
 
@@ -107,11 +125,8 @@ def _other_column(rows: Rows, how: CsvOptions) -> _Finding | None:
     body = rows[1:] if has_names or (len(rows) > 2 and not _is_number(rows[0][0])) else rows
     texts = [row[0] for row in body if row[0].strip()]
     is_wide = any(len(row) > 1 for row in body)
-    advice = "choose the column of the texts with --column NAME"
-    if has_names:
-        advice += f" (there are {', '.join(map(repr, rows[0]))})"
-    else:
-        advice = f"give the file a first row of names, and {advice}"
+    there_are = ", ".join(repr(cell[:_MAX_NAME_CHARS]) for cell in rows[0])
+    advice = f"choose the column of the texts with --column NAME, by its name in the first row ({there_are})"
     # 1. Numbers; 2. ids; 3. a header that is read as a text.
     if texts and all(map(_is_number, texts)):
         if is_wide:
@@ -145,6 +160,8 @@ def _is_number(text: str) -> bool:
 
 def _looks_like_names(row: list[str]) -> bool:
     cells = [cell.strip() for cell in row]
+    if cells[0] == "":  # pandas writes its index under no name
+        cells = cells[1:] or cells
     if not all(cell.isidentifier() and len(cell) <= _MAX_NAME_CHARS for cell in cells):
         return False
-    return len(cells) > 1 or cells[0].lower() in _NAMES
+    return len(row) > 1 or cells[0].lower() in _NAMES

@@ -46,6 +46,9 @@ _KINDS = (
     _Kind("a table of columns", _TABLE, ".feather .arrow .orc .avro", rb"ARROW1\0|Obj\x01|ORC\n"),
     _Kind("a database", _ROWS, ".sqlite .sqlite3 .db .duckdb", rb"SQLite format 3\0"),
     _Kind("a file of Python objects", _OBJECTS, ".pkl .pickle .npy .npz .pt", rb"\x80[\x02-\x05]\x95|\x93NUMPY"),
+    _Kind(
+        "a pointer of Git LFS, not the file itself", "git lfs pull fetches that", magic=rb"version https://git-lfs\."
+    ),
     _Kind("JSON lines", JSON_LINES, ".jsonl .ndjson"),
     _Kind("a table with tabs", "--input-format csv --delimiter tab reads it", ".tsv .tab"),
 )

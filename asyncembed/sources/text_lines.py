@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 
 from asyncembed.records import Rejected, SourceItem, Text
+from asyncembed.sources.dialect import check_lines
 from asyncembed.sources.lines import MAX_CONTENT_CHARS, ONLY_RETURNS, LineReader, excerpt
 
 _log = logging.getLogger("asyncembed")
@@ -17,6 +18,7 @@ def parse_lines(lines: LineReader) -> Iterator[SourceItem]:
     Raises:
         SourceError: The file has carriage returns and no other line end.
     """
+    check_lines(lines, lines.beginning())
     has_warned = False
     while True:
         before = lines.number

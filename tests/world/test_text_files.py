@@ -36,7 +36,12 @@ def path(tmp_path: Path) -> Path:
 
 REFUSED = [
     ("semicolons.csv", SEMICOLONS.encode(), [], "--delimiter ';'"),
-    ("ids.csv", b"id,body\n7,Dear harbour office\n8,A boat\n", ["--header"], "--column NAME (there are 'id', 'body')"),
+    (
+        "ids.csv",
+        b"id,body\n7,Dear harbour office\n8,A boat\n",
+        ["--header"],
+        "--column NAME, by its name in the first row ('id', 'body')",
+    ),
     ("wider.csv", b"id,text\n1,A boat\n2,Dear Sir, the crane squeaks\n", ["--column", "text"], "wider.csv:3: 3 cells"),
     ("returns.txt", b"one\rtwo\rthree\r", [], "carriage returns alone"),
     ("wide.txt", "one\ntwo\n".encode("utf-16-le"), [], "--encoding utf-16-le"),
@@ -160,6 +165,7 @@ STOPS = [
     ("7|A boat, moored\n8|A crane\n", {}, "--delimiter '|'"),
     ("id,body\n7,A boat\n", {}, "nothing but numbers, such as '7'.*--column"),
     ("7,A boat\n8,A crane\n", {}, "nothing but numbers"),
+    (",body\n0,A boat\n1,A crane\n", {}, r"--column NAME, by its name in the first row \('', 'body'\)"),
     ("2024-01-31,A boat\n2024-02-01,A crane\n", {}, "nothing but numbers"),
     ("date;amount;text\n1.2.24;12,5;A boat\n2.2.24;13,5;A crane\n", {}, "--delimiter ';'"),
 ]
@@ -316,6 +322,30 @@ def test_carriage_return_within_a_line_of_txt_is_said_once(tmp_path: Path, caplo
     ]
 
 
+@pytest.mark.parametrize(
+    ("content", "option"),
+    [
+        ("id,body\n7,A boat\n", "csv"),
+        ('["A boat",\n"A crane"]\n', "json"),
+        ('{"body": "A boat"}\n{"body": "A crane"}\n', "json"),
+        ("7\tA boat\n8\tA crane\n", "csv --delimiter tab"),
+        ("one, two\n", None),
+        ("A boat,\nA crane\n", None),
+        ("one\ttwo\n", None),
+    ],
+)
+def test_txt_that_looks_like_another_format_warns_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str, option: str | None
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    with caplog.at_level(logging.WARNING, "asyncembed"):
+        assert texts_of(path) == content.splitlines()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (option is not None)
+    assert all(f"--input-format {option} reads it so" in words for words in said)
+
+
 # --- other kinds of files ---------------------------------------------------------------------------------------------
 
 BY_NAME = [
@@ -358,6 +388,7 @@ def zipped() -> bytes:
         (b"%PDF-1.7\n%\xe2\xe3\n", "PDF"),
         (b"PAR1\x15\x04\x15", "Parquet"),
         (b"SQLite format 3\0\x10", "database"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
     ],
 )
 @pytest.mark.parametrize("form", ["txt", "csv", "json"])
