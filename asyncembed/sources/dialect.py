@@ -103,6 +103,8 @@ def _share_of_width(rows: Rows) -> float:
 
 def _other_delimiter(beginning: str, rows: Rows, how: CsvOptions) -> _Finding | None:
     if how.delimiter is not None:
+        if all(len(row) == 1 for row in rows) and _share_of_width(_rows(beginning, ",", how.escape)) > 0.9:
+            return _Finding(f"no row has the delimiter {how.delimiter!r}; they may be divided by ','")
         return None
     for delimiter, option in _OTHERS.items():
         others = _rows(beginning, delimiter, how.escape)

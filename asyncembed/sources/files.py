@@ -223,8 +223,8 @@ def read_texts(
         for option, value in csv._asdict().items():
             if value:
                 raise OptionsError(f"--{option} goes with CSV only; if this is CSV, add --input-format csv")
-    if csv.delimiter is not None and csv.delimiter == csv.escape:
-        raise OptionsError(f"delimiter and escape are both {csv.delimiter!r}")
+    if csv.escape in (csv.delimiter or ",", " "):
+        raise OptionsError(f"escape={escape!r} cannot be a blank or the delimiter; it is often a backslash")
     recoded = _encoding_of(encoding)
     opened = open_source(source, recoded)
     try:

@@ -99,7 +99,7 @@ def open_source(source: str | os.PathLike[str] | BinaryIO, encoding: str | None 
         name = "standard input"
     else:
         file, owned = _check_open_file(source), False
-        name = str(getattr(source, "name", "the open file"))
+        name = str(getattr(source, "name", "") or "the open file")
     try:
         size = _bytes_left(file)
         if size is not None and size <= len(BOM) and file.read(size) in (b"", BOM):
@@ -142,7 +142,7 @@ def _open_standard_input() -> tuple[BinaryIO, bool]:
 
 def _check_open_file(source: object) -> BinaryIO:
     """An open file that gives bytes."""
-    if isinstance(source, io.TextIOBase):
+    if isinstance(getattr(source, "file", source), (io.TextIOBase, codecs.StreamReaderWriter)):  # file: of tempfile
         raise OptionsError("the file is open in text mode; open it in binary mode ('rb')")
     if isinstance(source, io.RawIOBase):
         raise OptionsError("the file is open without a buffer; open it without buffering=0")

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import subprocess
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,8 @@ def test_csv_delimiter_tab_goes_by_its_names(path: Path, delimiter: str) -> None
         ({"delimiter": "||"}, "one character"),
         ({"delimiter": '"'}, "one character"),
         ({"escape": ""}, "one character"),
-        ({"delimiter": ";", "escape": ";"}, "both"),
+        ({"delimiter": ";", "escape": ";"}, "or the delimiter"),
+        ({"escape": ","}, "or the delimiter"),
         ({"encoding": "rot13"}, "not known"),
         ({"encoding": "nope"}, "not known"),
         ({"input_format": "txt", "delimiter": ";"}, "--delimiter goes with CSV only"),
@@ -266,6 +268,21 @@ def test_csv_from_a_pipe_or_a_plain_reader_is_looked_at_as_well(tmp_path: Path) 
     assert done.returncode == 2
     assert "--delimiter ';'" in done.stderr
     assert not list((tmp_path / "data").glob("embeddings_data/*"))
+
+
+def test_csv_delimiter_that_no_row_has_is_said(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path.write_text("id,body\n7,A boat\n")
+    with caplog.at_level(logging.WARNING, "asyncembed"):
+        assert texts_of(path, delimiter=";") == ["id,body", "7,A boat"]
+    assert ["no row has the delimiter ';'" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_read_texts_torn_gzip_and_text_mode_wrappers_are_one_clear_error() -> None:
+    packed = gzip.compress(b"A boat\n" * 100_000 + bytes(range(256)) * 99)
+    with pytest.raises(SourceError, match=r"the open file:\d+: cannot be read further"):
+        list(read_texts(gzip.GzipFile(fileobj=io.BytesIO(packed[:-40])), on_bad_row="skip"))  # type: ignore[arg-type]
+    with tempfile.NamedTemporaryFile("w+") as file, pytest.raises(OptionsError, match="binary mode"):
+        read_texts(file)  # type: ignore[arg-type]
 
 
 # --- encodings and line ends ------------------------------------------------------------------------------------------
