@@ -16,6 +16,7 @@ from asyncembed.consumer import LimitEstimator
 from asyncembed.embedder.forks import watch
 from asyncembed.encode_settings import options_of
 from asyncembed.encoders import Encoder, FloatMatrix, input_of, instruction_of
+from asyncembed.iterables import check_source, without_line_ends
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
 from asyncembed.loop_thread import LoopThread
 from asyncembed.memory import MemoryBudget
@@ -25,7 +26,6 @@ from asyncembed.remembering import LimitKeeper
 from asyncembed.resuming import encoder_for, fingerprint_of, recorded_in
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.writer import FolderWriter
-from asyncembed.sources import check_source
 from asyncembed.sources.handoff import Handoff
 from asyncembed.splitting import TextSplitter, default_splitter
 from asyncembed.steps import PipelineSteps
@@ -186,7 +186,7 @@ class EmbeddingGenerator:
         job = LoopThread(self._stream(handoff), handoff)
         try:
             try:
-                for item in texts:
+                for item in without_line_ends(texts):
                     if not handoff.put(item):
                         break
                 handoff.finish()
@@ -209,7 +209,8 @@ class EmbeddingGenerator:
 
         Repeats, texts saved earlier and items that are no text count as well, and wait for `save_data`.
         """
-        return self._pipeline().fill(iterator)
+        check_source(iterator)
+        return self._pipeline().fill(without_line_ends(iterator))
 
     def find_best_chunks(self) -> list[Chunk]:
         """The chunks that should run next, together, the same until they are embedded or failed; none if none wait."""

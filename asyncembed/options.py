@@ -13,7 +13,7 @@ from asyncembed.errors import OptionsError
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_SAVE_PATH = "data"
 
-FILE_OPTIONS = ("input_format", "column", "header", "on_bad_row")
+FILE_OPTIONS = ("input_format", "column", "header", "delimiter", "encoding", "escape", "on_bad_row")
 """Options that only concern the reading of a file."""
 
 MODEL_OPTIONS = ("device", "backend", "dtype", "batch_size", "token_limit", "trust_remote_code", "allow_pickle")
@@ -92,6 +92,9 @@ class EmbedOptions:
         input_format: Format of an input file; `auto` goes by its extension.
         column: Name of the CSV column of the texts; implies `header`.
         header: The first row of a CSV file holds names.
+        delimiter: What stands between the cells of a CSV file, one character or `tab`; None is a comma.
+        encoding: What an input file is written in; None is UTF-8.
+        escape: What makes the next character of a CSV file an ordinary one, such as a backslash.
     """
 
     model: Any = DEFAULT_MODEL
@@ -120,6 +123,9 @@ class EmbedOptions:
     input_format: InputFormat = "auto"
     column: str | None = None
     header: bool = False
+    delimiter: str | None = None
+    encoding: str | None = None
+    escape: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -143,7 +149,7 @@ class EmbedOptions:
             raise OptionsError(f"save_path={self.save_path!r} must be a folder, or None to write nothing")
         if self.save_path is not None and not os.fspath(self.save_path):
             raise OptionsError("save_path is empty; name a folder, or None to write nothing")
-        for name in ("prompt", "prompt_name", "task", "column"):
+        for name in ("prompt", "prompt_name", "task", "column", "delimiter", "encoding", "escape"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise OptionsError(f"{name}={getattr(self, name)!r} must be text, or None")
         self.max_memory_bytes  # noqa: B018  # refuses what is no amount of memory now, not mid-run

@@ -16,11 +16,11 @@ import anyio.lowlevel
 
 from asyncembed.engine import EngineHost
 from asyncembed.errors import AsyncEmbedError, ClosedError, OptionsError
+from asyncembed.iterables import check_source
 from asyncembed.job import Job, JobParts, Pending
 from asyncembed.options import DEFAULT_MODEL, DEFAULT_SAVE_PATH, FILE_OPTIONS, MODEL_OPTIONS, EmbedOptions
 from asyncembed.records import EmbeddedText, FloatVector
 from asyncembed.sinks.folder import StorePaths
-from asyncembed.sources import check_source
 from asyncembed.summary import Summary
 from asyncembed.wording import plural
 
@@ -57,7 +57,8 @@ def embed_stream(
         The job, not yet started.
 
     Raises:
-        OptionsError: An option is unknown or cannot be, `texts` is a single `str` or no iterable, or an option
+        OptionsError: An option is unknown or cannot be, `texts` cannot be a source of texts (such as a
+            single `str`, a mapping or a data frame), or an option
             about the model differs from the embedder's.
     """
     for name in FILE_OPTIONS:

@@ -19,4 +19,6 @@ def kind_of(value: object) -> str:
 def why_no_text(place: str, value: object) -> str:
     """What is wrong with something that stands where a `str` belongs."""
     hint = "; decode it first" if isinstance(value, bytes | bytearray | memoryview) else ""
+    if hasattr(value, "as_py"):  # a cell of Arrow
+        hint = "; pass the column's to_pylist()"
     return f"{place} is {kind_of(value)}, not a str{hint}"

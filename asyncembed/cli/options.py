@@ -56,6 +56,14 @@ ENTRIES: dict[str, _Entry] = {
     "input_format": _Entry(INPUT, "Format of the input; auto goes by the extension, and is txt for standard input."),
     "column": _Entry(INPUT, "CSV: the column of the texts, by its name in the first row.", metavar="NAME"),
     "header": _Entry(INPUT, "CSV: the first row holds names and is no text."),
+    "delimiter": _Entry(
+        INPUT,
+        "CSV: what stands between cells: one character, or tab.",
+        metavar="CHARACTER",
+        otherwise="a comma, or what Excel's line sep= names",
+    ),
+    "escape": _Entry(INPUT, "CSV: what makes the next character an ordinary one, such as '\\'.", metavar="CHARACTER"),
+    "encoding": _Entry(INPUT, "Encoding of the input, such as utf-16 or cp1252.", metavar="NAME", otherwise="UTF-8"),
     "on_bad_row": _Entry(INPUT, "A row that cannot be a text: stop there, or skip it and note it in errors.jsonl."),
     "save_path": _Entry(
         OUTPUT,

@@ -14,6 +14,7 @@ from asyncembed.cli.request import Request
 from asyncembed.cli.signals import Signals
 from asyncembed.cli.streams import writing_out
 from asyncembed.errors import OptionsError, StoreMismatchError
+from asyncembed.options import FILE_OPTIONS
 
 if TYPE_CHECKING:
     from asyncembed.sinks.folder import StorePaths
@@ -55,11 +56,8 @@ def _perform(request: Request, console: Console, signals: Signals) -> int:
     # closing would wait with it.
     texts = read_texts(
         request.input,
-        input_format=options.input_format,
-        column=options.column,
-        header=options.header,
-        on_bad_row=options.on_bad_row,
         limit=request.limit,
+        **{name: getattr(options, name) for name in FILE_OPTIONS},
     )
     if request.dry_run:
         from asyncembed.cli.dry_run import dry_run

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from asyncembed.encoders import KINDS, Encoder, Instruction, Kind, kind_prompt_of, kind_task_of, prompt_of, task_of
 from asyncembed.errors import OptionsError, TextTypeError
+from asyncembed.iterables import why_other_items, without_line_ends
 from asyncembed.lane import BULK, INTERACTIVE
 from asyncembed.options import MODEL_OPTIONS, Blanks, EmbedOptions
 from asyncembed.records import AnyText, TokenText
@@ -168,10 +169,11 @@ def _listed(texts: object) -> list[Any]:
         raise TextTypeError(f"a text or a list of texts is needed, not {kind_of(texts)}; decode it first")
     if isinstance(texts, (Mapping, set, frozenset)):
         raise TextTypeError(f"a text or a list of texts is needed, not {kind_of(texts)}; pass its texts in a list")
+    if (reason := why_other_items(texts)) is not None:
+        raise TextTypeError(reason)
     if not any(hasattr(texts, method) for method in ("__iter__", "__getitem__")):
         raise TextTypeError(f"a text or a list of texts is needed, not {kind_of(texts)}")
-    items: Any = texts
-    return list(items)
+    return list(without_line_ends(texts))
 
 
 def check_deadline(deadline_s: object) -> None:

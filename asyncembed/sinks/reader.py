@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from asyncembed.errors import CorruptRecordError, OptionsError, StoreError
+from asyncembed.iterables import why_other_items, without_line_ends
 from asyncembed.records import FloatVector, Rejected, SourceItem, Text, text_id
 from asyncembed.sinks.entries import FAILED, keys_of, parse
 from asyncembed.sinks.folder import StorePaths, record_ids, storage_errors
@@ -171,7 +172,7 @@ class StoredEmbeddings:
             `(ids, matrix)`, the matrix of shape `(len(ids), dim)`.
 
         Raises:
-            OptionsError: `order="input"` without texts, or an argument that cannot be.
+            OptionsError: `order="input"` without texts, a table for texts, or an argument that cannot be.
             KeyError: A text is not stored.
             CorruptRecordError: A file is damaged, or the vectors differ in length.
         """
@@ -182,10 +183,12 @@ class StoredEmbeddings:
             )
         if isinstance(texts, str) or (texts is None and order == "input"):
             raise OptionsError(f"texts={texts!r}: order='input' and a choice of texts need an iterable of texts")
+        if (reason := why_other_items(texts)) is not None:
+            raise OptionsError(reason)
         if texts is None:
             ids = self.ids()
         else:
-            named = (text for text in texts if not isinstance(text, Rejected))
+            named = (text for text in without_line_ends(texts) if not isinstance(text, Rejected))
             ids = [text_id(text.text if isinstance(text, Text) else text) for text in named]
         if order == "id" and texts is not None:
             ids = sorted(set(ids))

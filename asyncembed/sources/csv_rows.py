@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import csv
-import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 from asyncembed.errors import SourceError
 from asyncembed.records import Rejected, SourceItem, Text
-from asyncembed.sources.lines import LineReader, decode, excerpt
+from asyncembed.sources.dialect import CsvOptions, check_dialect
+from asyncembed.sources.lines import ONLY_RETURNS, LineReader, excerpt
 
-_log = logging.getLogger("asyncembed")
-_NAMES = frozenset({"text", "texts", "content", "sentence", "title", "body", "document", "description", "question"})
-_MAX_NAME_CHARS = 30
-
-# Python 3.10's csv module refuses NUL, which is legal in a text. Valid UTF-8 never decodes to a surrogate, so one
-# outside the range that `surrogateescape` uses can stand in for it.
-_NUL_STAND_IN = "\ud800"
+# Two characters travel through the csv module as others. Valid UTF-8 never decodes to a surrogate, so one outside the
+# range that `surrogateescape` uses can stand in. NUL, which is legal in a text, is refused by Python 3.10's module; a
+# carriage return that ends no line is a part of its cell, as pandas writes it, and the module would end the row there.
+_STAND_INS = str.maketrans("\0\r", "\ud800\ud801")
+_ORIGINALS = str.maketrans("\ud800\ud801", "\0\r")
+_SEP_LINE = re.compile(rb'(?:\xef\xbb\xbf)?"?sep=([^\w"\r\n])"?\r?\n', re.IGNORECASE)
+_QUOTED = re.compile('"[^"]*"')
 
 
 class CsvParser:
@@ -24,35 +25,53 @@ class CsvParser:
 
     Args:
         lines: The file.
-        column: Name of the column of the texts; None takes the first.
-        header: The first row holds names.
+        how: What the user says of it.
 
     Raises:
-        SourceError: The header cannot be read, or names no such column.
+        SourceError: The first rows speak for another dialect, the header cannot be read, or names no such column.
     """
 
-    def __init__(self, lines: LineReader, column: str | None, header: bool) -> None:
+    def __init__(self, lines: LineReader, how: CsvOptions) -> None:
+        beginning = lines.beginning()
+        # Excel's own way to name the delimiter, which it does not take for a row.
+        if match := _SEP_LINE.match(beginning):
+            lines.piece()
+            how = how._replace(delimiter=how.delimiter or match[1].decode())
+            beginning = beginning[match.end() :]
         self._lines = lines
+        self._how = how
+        self._delimiter = how.delimiter or ","
         self._row_line = 0
         self._row_bytes = 0
+        self._row: list[str] = []  # the lines of the row under way
+        self._has_stand_ins = False
+        self._may_have_late_quote = False
+        self._late_quote = re.compile(f'(?:^|{re.escape(self._delimiter)}) +"')
         self._bad: tuple[int, str] | None = None
+        self._width = 0
+        self._index = 0
         # The csv module's own limit is 131,072 characters a cell and holds for the whole process, so it is only ever
         # raised. `_feed` refuses a longer row before this limit does, which keeps the message ours.
         csv.field_size_limit(max(csv.field_size_limit(), lines.max_bytes + 1))
-        self._rows = csv.reader(self._feed(), strict=True)
-        self._index = 0
-        self._check_first_row = not header and column is None
-        if not self._check_first_row:
-            self._index = self._read_header(column)
+        check_dialect(lines, beginning, how)
+        self._rows = self._reader(self._feed(), strict=True)
+        if how.header or how.column is not None:
+            self._index = self._read_header(how.column)
 
     def __iter__(self) -> Iterator[SourceItem]:
         """Every row as a text, blank ones included, or as a bad row."""
         while (row := self._next_row()) is not None:
-            if self._check_first_row and row:
-                self._check_first_row = False
-                if isinstance(row, list):
-                    _warn_of_names(self._lines.name, row)
             yield self._to_item(row)
+
+    def _reader(self, lines: Iterable[str], *, strict: bool) -> Iterator[list[str]]:
+        """Rows, strictly; or, leniently, as they are meant where a blank stands before a quote."""
+        return csv.reader(
+            lines,
+            delimiter=self._delimiter,
+            escapechar=self._how.escape,
+            strict=strict,
+            skipinitialspace=not strict,
+        )
 
     def _feed(self) -> Iterator[str]:
         """The decoded lines that the csv module asks for, as a row may go over many."""
@@ -60,19 +79,35 @@ class CsvParser:
             self._row_bytes += len(raw)
             if self._row_bytes > self._lines.max_bytes:
                 raise self._lines.error(self._lines.too_long(), self._row_line)
-            text, reason = decode(raw)
+            text, reason = self._lines.decode(raw)
             if reason is not None and self._bad is None:
                 self._bad = (self._lines.number, reason)
-            yield text.replace("\0", _NUL_STAND_IN)
+            if "\r" in text or "\0" in text:
+                text = self._with_stand_ins(text)
+            if ' "' in text and self._late_quote.search(text):
+                self._may_have_late_quote = True
+            self._row.append(text)
+            yield text
+
+    def _with_stand_ins(self, text: str) -> str:
+        if self._lines.number == 1 and not self._lines.at_start_of_line and "\r" in _QUOTED.sub("", text):
+            raise self._lines.error(ONLY_RETURNS)
+        content = text.rstrip("\r\n")  # a file written in text mode on Windows ends its lines in "\r\r\n"
+        if "\r" not in content and "\0" not in content:
+            return text
+        self._has_stand_ins = True
+        return content.translate(_STAND_INS) + text[len(content) :]
 
     def _next_row(self) -> list[str] | Rejected | None:
         """The cells of the next row, what is wrong with it, or None at the end.
 
         Raises:
-            SourceError: A quote is never closed, so that nothing after it can be trusted.
+            SourceError: A quote is broken, and what comes after it may be the middle of its cell.
         """
         self._row_line = self._lines.number + 1
         self._row_bytes = 0
+        self._row.clear()
+        self._has_stand_ins = self._may_have_late_quote = False
         self._bad = None
         try:
             row = next(self._rows)
@@ -82,30 +117,61 @@ class CsvParser:
             if "unexpected end of data" in str(error):
                 reason = "the row that begins here has a quote that is never closed; close it, or double it inside"
                 raise self._lines.error(reason, self._row_line) from error
-            return self._bad_row(_csv_reason(error))  # the reader begins afresh with the next line
-        if self._bad is not None:
-            return self._bad_row("", ",".join(row))
-        return [cell.replace(_NUL_STAND_IN, "\0") for cell in row]
+            quote = "expected after" in str(error)
+            return self._broken_row("a quote inside a quoted cell is not doubled" if quote else str(error))
+        if self._may_have_late_quote and self._has_late_quote(row):
+            return self._broken_row("a quote after a blank is no quote; take out the blank before it")
+        if self._has_stand_ins:
+            row = [cell.translate(_ORIGINALS) for cell in row]
+        return row if self._bad is None else self._bad_row("", self._delimiter.join(row))
+
+    def _has_late_quote(self, row: list[str]) -> bool:
+        """Whether a cell begins with a blank and then a quote, which is meant to be one and is a letter to CSV."""
+        if self._delimiter == " ":
+            return False
+        meant = next(self._reader(self._row, strict=False), [])
+        return [cell.lstrip(" ") for cell in row] != [cell.lstrip(" ") for cell in meant]
+
+    def _broken_row(self, reason: str) -> Rejected:
+        """A row with a broken quote, after which the reader begins afresh with the next line.
+
+        Raises:
+            SourceError: That line may be the middle of a cell.
+        """
+        row = "".join(self._row)
+        if self._how.escape is not None:
+            row = re.sub(re.escape(self._how.escape) + ".", "", row, flags=re.DOTALL)
+        elif '\\"' in row:
+            reason += "; --escape '\\' is for quotes after a backslash"
+        if not _ends_with_its_line(row, self._delimiter):
+            raise self._lines.error(f"{reason}, and where the row ends cannot be told; mend it", self._row_line)
+        return self._bad_row(reason)
 
     def _bad_row(self, reason: str, content: str | None = None) -> Rejected:
         """A row to skip; a byte that is not UTF-8 is the reason that counts, and its line the place."""
         line, reason = self._bad or (self._row_line, reason)
-        if content is not None:
-            content = excerpt(content.replace(_NUL_STAND_IN, "\0"))
-        return Rejected(reason, line=line, content=content, skipped=True)
+        return Rejected(reason, line=line, content=None if content is None else excerpt(content), skipped=True)
 
     def _to_item(self, row: list[str] | Rejected) -> SourceItem:
         # 1. A bad row.
         if isinstance(row, Rejected):
             return row
-        # 2. A text.
+        # 2. A row in which a delimiter belongs to a text, or that is no row of this table.
+        self._width = self._width or len(row)
+        if len(row) > self._width:
+            advice = "quote a cell that holds a delimiter; --input-format txt takes whole lines"
+            reason = f"{len(row)} cells, but the first row has {self._width}: {advice}"
+            return self._bad_row(reason, self._delimiter.join(row))
+        # 3. A text.
         if len(row) > self._index:
             return Text(row[self._index], line=self._row_line)
-        # 3. A blank row: counted like a blank cell.
+        # 4. A blank row: counted like a blank cell.
         if not any(cell.strip() for cell in row):
             return Text("", line=self._row_line)
-        # 4. A row that ends before the column.
-        return self._bad_row(f"{len(row)} cells, but the texts are in column {self._index + 1}", ",".join(row))
+        # 5. A row that ends before the column.
+        return self._bad_row(
+            f"{len(row)} cells, but the texts are in column {self._index + 1}", self._delimiter.join(row)
+        )
 
     def _read_header(self, column: str | None) -> int:
         """Read the first row that is not blank and return the position of `column` in it."""
@@ -116,6 +182,7 @@ class CsvParser:
             raise SourceError(f"no texts in {self._lines.name}: it has not even a header row")
         if isinstance(names, Rejected):
             raise self._lines.error(names.reason, names.line)
+        self._width = len(names)
         if column is None:
             return 0
         there_are = ", ".join(map(repr, names))
@@ -125,19 +192,14 @@ class CsvParser:
         return names.index(column)
 
 
-def _csv_reason(error: csv.Error) -> str:
-    """The csv module's complaint in words that help."""
-    if "new-line character" in str(error):
-        return "a carriage return outside quotes; a line ends at \\n or \\r\\n"
-    if "expected after" in str(error):
-        return "a quote inside a quoted cell is not doubled"
-    return str(error)
+def _ends_with_its_line(row: str, delimiter: str) -> bool:
+    """Whether a row with a broken quote surely ends where its last line does.
 
-
-def _warn_of_names(name: str, row: list[str]) -> None:
-    """Say that --header exists if the first row looks like column names; it stays a text all the same."""
-    cells = [cell.strip() for cell in row]
-    if not all(cell.isidentifier() and len(cell) <= _MAX_NAME_CHARS for cell in cells):
-        return
-    if len(cells) > 1 or cells[0].lower() in _NAMES:
-        _log.warning("%s: row 1 looks like column names and is taken as a text; --header skips it", name)
+    It does if its quotes are even in number, so that each that opens is closed, and if those that stand before a
+    delimiter or a line end close every cell that begins with one.
+    """
+    end = f"[{re.escape(delimiter)}\r\n]|\\Z"
+    cell = f'"[^"]*(?:"(?!{end})[^"]*)*"(?={end})|(?!")[^{re.escape(delimiter)}\n]*'
+    return row.count('"') % 2 == 0 and bool(
+        re.fullmatch(f"(?:(?:{cell}){re.escape(delimiter)})*(?:{cell})[\r\n]*", row)
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import reprlib
-from collections.abc import AsyncIterable, Iterable, Mapping
+from collections.abc import AsyncIterable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from asyncembed.errors import ClosedError, OptionsError
+from asyncembed.iterables import check_source, without_line_ends
 from asyncembed.records import Rejected, SourceItem, Text
 from asyncembed.sources.pull import Buffer, Puller, TaskPuller, ThreadPuller
 from asyncembed.wording import kind_of, why_no_text
@@ -46,7 +47,7 @@ class TextFeed:
         max_bytes: Most characters in a batch; a larger item comes alone.
 
     Raises:
-        OptionsError: The source is a single `str` or `bytes`, or no iterable; or a bound is below 1.
+        OptionsError: The source cannot be one of texts; or a bound is below 1.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class TextFeed:
         check_source(source)
         if max_items < 1 or max_bytes < 1:
             raise OptionsError(f"max_items={max_items!r} and max_bytes={max_bytes!r} must be at least 1")
-        self._source = source
+        self._source = without_line_ends(source)
         self._buffer = Buffer(max_items, max_bytes)
         self._puller: Puller | None = None
         self._arrived = asyncio.Event()
@@ -177,21 +178,3 @@ def _describe(item: object) -> str | None:
         return reprlib.repr(item)
     except Exception:  # whatever a foreign __repr__ raises says nothing about the input
         return None
-
-
-def check_source(source: object) -> None:
-    """Refuse what cannot be a source of texts.
-
-    Raises:
-        OptionsError: It is a single `str` or `bytes`, a mapping, or no iterable.
-    """
-    if isinstance(source, (str, bytes, bytearray, memoryview)):
-        raise OptionsError(
-            f"{kind_of(source)} is one text, not an iterable of texts; pass [text], or read_texts(path) for a file"
-        )
-    if isinstance(source, Mapping):
-        raise OptionsError(
-            f"{kind_of(source)} gives its keys, not its texts; pass its values(), or Text(text, key=key) for each item"
-        )
-    if not any(hasattr(source, method) for method in ("__aiter__", "__iter__", "__getitem__")):
-        raise OptionsError(f"{kind_of(source)} is no iterable of texts; pass a list, a generator, …")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, get_args
 
@@ -11,6 +13,8 @@ from asyncembed.errors import ClosedError, OptionsError, SourceError
 from asyncembed.options import InputFormat, OnBadRow
 from asyncembed.records import Rejected, SourceItem
 from asyncembed.sources.csv_rows import CsvParser
+from asyncembed.sources.dialect import CsvOptions
+from asyncembed.sources.foreign import advice_by_bytes, advice_by_name
 from asyncembed.sources.json_values import JsonParser
 from asyncembed.sources.lines import LineReader
 from asyncembed.sources.opening import STANDARD_INPUT, Opened, open_source
@@ -21,18 +25,18 @@ class _Format(NamedTuple):
     """How a format is read.
 
     Attributes:
-        parse: From lines, `column` and `header` to items; called once.
-        has_columns: Whether `column` and `header` mean something.
+        parse: From lines to items; called once.
+        has_columns: Whether the options of CSV mean something.
     """
 
-    parse: Callable[[LineReader, str | None, bool], Iterable[SourceItem]]
+    parse: Callable[[LineReader, CsvOptions], Iterable[SourceItem]]
     has_columns: bool = False
 
 
 FORMATS: dict[str, _Format] = {
-    "txt": _Format(lambda lines, column, header: parse_lines(lines)),
+    "txt": _Format(lambda lines, how: parse_lines(lines)),
     "csv": _Format(CsvParser, has_columns=True),
-    "json": _Format(lambda lines, column, header: JsonParser(lines)),
+    "json": _Format(lambda lines, how: JsonParser(lines)),
 }
 """The formats by name, which is also the extension they go by."""
 
@@ -51,7 +55,13 @@ class FileTexts:
     """
 
     def __init__(
-        self, opened: Opened, how: _Format, column: str | None, header: bool, skip: bool, limit: int | None
+        self,
+        opened: Opened,
+        parse: Callable[[LineReader], Iterable[SourceItem]],
+        *,
+        encoding: str,
+        skip: bool,
+        limit: int | None,
     ) -> None:
         self.name = opened.name
         self.bytes_total = opened.size
@@ -59,15 +69,13 @@ class FileTexts:
         self.n_blank = 0
         self.n_bad = 0
         self._opened = opened
+        self._parse = parse
         self._skip = skip
         self._limit = limit
         self._ended = False
-        self._lines = LineReader(opened.file, opened.name)
+        self._lines = LineReader(opened.reader, opened.name, encoding)
         self._items: Iterator[SourceItem] | None = None
-        self._start: Callable[[], Iterator[SourceItem]] = lambda: iter(
-            how.parse(self._lines, column, header or column is not None)
-        )
-        # A regular file answers at once, so a missing column is known now; a pipe may keep us waiting.
+        # A regular file answers at once, so what is wrong with its first rows is known now; a pipe may keep us waiting.
         if opened.size is not None:
             self._items = self._start()
 
@@ -78,7 +86,8 @@ class FileTexts:
     @property
     def bytes_read(self) -> int:
         """Bytes taken from the file so far."""
-        return self._lines.bytes_read
+        converted = self._opened.bytes_converted
+        return self._lines.bytes_read if converted is None else converted
 
     def __iter__(self) -> FileTexts:
         """Itself.
@@ -120,9 +129,7 @@ class FileTexts:
                     raise SourceError(f"no texts in {self.name}{blanks}")
                 return None
             if isinstance(item, Rejected):
-                if not self._skip:
-                    advice = "fix it, or go on without such rows with --on-bad-row skip"
-                    raise self._lines.error(f"{item.reason}; {advice}", item.line)
+                self._refuse(item)
                 self.n_bad += 1
                 return item
             if not item.text or item.text.isspace():
@@ -131,6 +138,33 @@ class FileTexts:
             self.n_texts += 1
             return item
         return None
+
+    def _start(self) -> Iterator[SourceItem]:
+        """The items; the first rows are read before the first is given.
+
+        So nothing is embedded of a file that is refused for the form of its first rows, and a bad row among them is
+        told before a model is loaded.
+        """
+        beginning = self._lines.beginning()
+        if (advice := advice_by_bytes(beginning)) is not None:
+            raise SourceError(f"{self.name}: {advice}")
+        items = iter(self._parse(self._lines))
+        # Of a pipe, only what has arrived, up to the last line end: nothing waits for more.
+        n_bytes = beginning.rfind(b"\n") if self.bytes_total is None else len(beginning)
+        first: list[SourceItem] = []
+        while self._lines.bytes_read <= n_bytes and (self._limit is None or len(first) < self._limit):
+            item = next(items, None)
+            if item is None:
+                break
+            if isinstance(item, Rejected):
+                self._refuse(item)
+            first.append(item)
+        return chain(first, items)
+
+    def _refuse(self, item: Rejected) -> None:
+        if not self._skip:
+            advice = "fix it, or go on without such rows with --on-bad-row skip"
+            raise self._lines.error(f"{item.reason}; {advice}", item.line)
 
     def close(self) -> None:
         """Close the file if it was opened here, and end the iteration. Idempotent."""
@@ -151,6 +185,9 @@ def read_texts(
     input_format: InputFormat = "auto",
     column: str | None = None,
     header: bool = False,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    escape: str | None = None,
     on_bad_row: OnBadRow = "stop",
     limit: int | None = None,
 ) -> FileTexts:
@@ -162,12 +199,17 @@ def read_texts(
         input_format: `auto` goes by the extension; standard input and open files are `txt`.
         column: Name of the CSV column of the texts; implies `header`.
         header: The first row of a CSV file holds names.
+        delimiter: What stands between the cells of a CSV file: one character, or `tab`. Without it that is a comma,
+            or what Excel's line `sep=` names, and rows that speak for another one are an error or a warning.
+        encoding: What the file is written in, as Python names it; None is UTF-8.
+        escape: What makes the next character of a CSV file, such as a quote, an ordinary one; often a backslash.
         on_bad_row: `stop` raises at a row that cannot be a text; `skip` gives it as a `Rejected` and goes on.
         limit: Stop after so many texts.
 
     Raises:
         OptionsError: Options that cannot be, or do not go together.
-        SourceError: The file is missing, cannot be opened, is empty, has an unknown extension or no such column.
+        SourceError: The file is missing, cannot be opened, is empty, is of another kind or has no such column; or,
+            of a file that is no pipe, its first rows cannot be read.
     """
     if input_format != "auto" and input_format not in FORMATS:
         raise OptionsError(f"input_format={input_format!r} is not one of 'auto', {', '.join(map(repr, FORMATS))}")
@@ -176,16 +218,50 @@ def read_texts(
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise OptionsError(f"limit={limit!r} must be a whole number of at least 1, or None")
     how = FORMATS[_format_of(source) if input_format == "auto" else input_format]
-    if (column is not None or header) and not how.has_columns:
-        option = "--column" if column is not None else "--header"
-        raise OptionsError(f"{option} goes with CSV only; if this is CSV, add --input-format csv")
-    opened = open_source(source)
+    csv = CsvOptions(column, header, _one_character("delimiter", delimiter), _one_character("escape", escape))
+    if not how.has_columns:
+        for option, value in csv._asdict().items():
+            if value:
+                raise OptionsError(f"--{option} goes with CSV only; if this is CSV, add --input-format csv")
+    if csv.escape in (csv.delimiter or ",", " "):
+        raise OptionsError(f"escape={escape!r} cannot be a blank or the delimiter; it is often a backslash")
+    recoded = _encoding_of(encoding)
+    opened = open_source(source, recoded)
     try:
-        return FileTexts(opened, how, column, header, on_bad_row == "skip", limit)
+        return FileTexts(
+            opened,
+            lambda lines: how.parse(lines, csv),
+            encoding=recoded or "UTF-8",
+            skip=on_bad_row == "skip",
+            limit=limit,
+        )
     except BaseException:
         if opened.owned:
             opened.file.close()
         raise
+
+
+def _one_character(name: str, value: str | None) -> str | None:
+    """A delimiter or an escape, a tab also by its name."""
+    if value is None:
+        return None
+    named = "\t" if value in ("tab", "\\t") else value
+    if not isinstance(named, str) or len(named) != 1 or named in '"\r\n\0' or "\ud800" <= named <= "\udfff":
+        raise OptionsError(f"{name}={value!r} must be one character other than a quote or a line end, or 'tab'")
+    return named
+
+
+def _encoding_of(encoding: str | None) -> str | None:
+    """The name of an encoding that has to be converted; None for UTF-8."""
+    if encoding is None:
+        return None
+    try:
+        "".encode(encoding)  # refuses codecs that are for something else than text
+        return None if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") else encoding
+    except (LookupError, TypeError, ValueError):
+        raise OptionsError(
+            f"encoding={encoding!r} is not known; there are utf-8, utf-16, cp1252, shift_jis, …"
+        ) from None
 
 
 def _format_of(source: str | os.PathLike[str] | BinaryIO) -> str:
@@ -198,5 +274,7 @@ def _format_of(source: str | os.PathLike[str] | BinaryIO) -> str:
         return extension[1:]
     if os.path.isdir(path):
         raise SourceError(f"{path} is a directory; name a file in it")
+    if (advice := advice_by_name(extension)) is not None:
+        raise SourceError(f"{path}: {advice}")
     known = ", ".join(f".{name}" for name in FORMATS)
     raise SourceError(f"{path}: cannot tell the format (known: {known}); name it with --input-format")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import json
 import re
 import secrets
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ import ijson
 
 from asyncembed.errors import SourceError
 from asyncembed.records import Rejected, SourceItem, Text
-from asyncembed.sources.lines import LineReader, bad_byte_reason, excerpt, find_bad_byte
+from asyncembed.sources.foreign import JSON_LINES
+from asyncembed.sources.lines import BOM, LineReader, excerpt, find_bad_byte
 
 MAX_DEPTH = 100
 """Nesting beyond this is refused; texts stand at depth 1, what is deeper is skipped over as one bad row."""
@@ -37,6 +39,8 @@ class JsonParser:
     """Streams the texts of a JSON file: nothing nested is built, a line of any length is read in pieces."""
 
     def __init__(self, lines: LineReader) -> None:
+        if _is_json_lines(lines.beginning()):
+            raise SourceError(f"{lines.name}: this is JSON lines, a value in each line; {JSON_LINES}")
         self._lines = lines
         self._depth = 0
         self._in_object = False
@@ -111,7 +115,8 @@ class JsonParser:
         if event != "string":
             kind = _OPENING.get(event) or _KINDS[event]
             content = "…" if event in _OPENING else excerpt(_literal(value))
-            return Rejected(f"{kind} where a text should be", key, line, content, skipped=True)
+            hint = _OBJECTS if event == "start_map" and not self._in_object else ""
+            return Rejected(f"{kind} where a text should be{hint}", key, line, content, skipped=True)
         text, bad = _restore(value)
         if len(text) > self._lines.max_bytes:
             raise self._lines.error(self._lines.too_long())
@@ -119,13 +124,13 @@ class JsonParser:
         if bad is None:
             bad = bad_in_key
         if bad is not None:
-            return Rejected(bad_byte_reason(bad), key, line, excerpt(text), skipped=True)
+            return Rejected(self._lines.bad_byte_reason(bad), key, line, excerpt(text), skipped=True)
         # 3. A text.
         return Text(text, key, line)
 
     def _syntax_reason(self, error: Exception, sanitizer: _Sanitizer) -> str:
         if sanitizer.bad_byte is not None and (_WORD in str(error) or isinstance(error, UnicodeError)):
-            return f"not JSON: {bad_byte_reason(sanitizer.bad_byte)}"
+            return f"not JSON: {self._lines.bad_byte_reason(sanitizer.bad_byte)}"
         said = str(error).splitlines()[0].removeprefix("parse error: ").removeprefix("lexical error: ")
         if "trailing garbage" in said or "Additional data" in said:
             said = _TRAILING
@@ -136,6 +141,19 @@ class JsonParser:
 
 _TRAILING = "something follows the end of the list or object"
 _EXPECTED = "expected one list of texts, or one object whose values are texts"
+_OBJECTS = "; jq 'map(.text)' FILE > texts.json makes texts of a list of objects"
+
+
+def _is_json_lines(beginning: bytes) -> bool:
+    """Whether the first line is a whole object or list, and another begins in the next."""
+    first, _, rest = beginning.removeprefix(BOM).lstrip().partition(b"\n")
+    if not (first.startswith((b"{", b"[")) and rest.lstrip().startswith((b"{", b"["))):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 class _Sanitizer:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import BinaryIO
+import zlib
+from io import BufferedReader
 
 from asyncembed.errors import SourceError
 
 MAX_TEXT_BYTES = 256 * 2**20
 """Largest text a file may hold; what is longer is a mistake such as an unclosed quote, or no text file at all."""
 
+READ_ERRORS = (OSError, ValueError, EOFError, zlib.error)
+"""What reading raises. ValueError: closed by someone else, or bytes of no encoding; the last two: a torn `.gz`."""
+
 MAX_CONTENT_CHARS = 10_000
 """Characters of a bad row that are kept for `errors.jsonl`."""
 
-_PIECE_BYTES = 64 * 1024
+ONLY_RETURNS = "the lines end in carriage returns alone; tr '\\r' '\\n' < FILE > NEW makes line ends of them"
+PIECE_BYTES = 64 * 1024
 BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _BAD_BYTE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
 _NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # a lone surrogate that JSON's escapes gave, and that is no byte
 
@@ -28,15 +32,22 @@ class LineReader:
         number: Number of the line last read from, counted from 1; 0 before the first.
         bytes_read: Bytes taken from the file so far.
         max_bytes: Largest text, from `MAX_TEXT_BYTES`.
+        at_start_of_line: What was read last had a line end.
+
+    Args:
+        file: Gives UTF-8, and shows what comes with `peek`.
+        name: The file's name.
+        encoding: What the file is written in.
     """
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
+    def __init__(self, file: BufferedReader, name: str, encoding: str = "UTF-8") -> None:
         self.name = name
         self.number = 0
         self.bytes_read = 0
         self.max_bytes = MAX_TEXT_BYTES
+        self.at_start_of_line = True
         self._file = file
-        self._at_start_of_line = True
+        self._encoding = encoding
 
     def __repr__(self) -> str:
         return f"<LineReader {self.name!r} line={self.number} bytes_read={self.bytes_read}>"
@@ -45,7 +56,14 @@ class LineReader:
         """A `SourceError` that begins with the place, by default the line last read."""
         return SourceError(f"{self.name}:{self.number if line is None else line}: {reason}")
 
-    def piece(self, max_bytes: int = _PIECE_BYTES) -> bytes:
+    def beginning(self) -> bytes:
+        """What can be seen of the first 64 KiB, which are not taken; of a pipe, what has arrived."""
+        try:
+            return self._file.peek(PIECE_BYTES)[:PIECE_BYTES]
+        except READ_ERRORS:
+            return b""  # reading it says what is wrong
+
+    def piece(self, max_bytes: int = PIECE_BYTES) -> bytes:
         """The rest of the line under way or the next line, its end included, but at most `max_bytes`; b"" at the end.
 
         Raises:
@@ -53,21 +71,15 @@ class LineReader:
         """
         try:
             piece = self._file.readline(max_bytes)
-        except (OSError, ValueError) as error:  # ValueError: closed by someone else
+        except READ_ERRORS as error:
             raise self.error(f"cannot be read further: {getattr(error, 'strerror', None) or error}") from error
         first = self.bytes_read == 0
         self.bytes_read += len(piece)
-        if self._at_start_of_line and piece:
+        if self.at_start_of_line and piece:
             self.number += 1
-        self._at_start_of_line = piece.endswith(b"\n")
-        return self._without_bom(piece) if first and piece else piece
-
-    def _without_bom(self, piece: bytes) -> bytes:
-        """The file's first piece without its byte order mark."""
-        if piece.startswith(_UTF16_BOMS):
-            raise self.error("this is UTF-16, only UTF-8 can be read; save the file as UTF-8")
-        # A file that is nothing but a mark is seen as empty; a marked piece is never empty otherwise.
-        return piece.removeprefix(BOM) or self.piece()
+        self.at_start_of_line = piece.endswith(b"\n")
+        # A file that is nothing but a byte order mark is seen as empty; a marked piece is never empty otherwise.
+        return (piece.removeprefix(BOM) or self.piece()) if first and piece else piece
 
     def line(self) -> tuple[bytes, bool]:
         """The next line without its end, and whether it is whole.
@@ -84,25 +96,25 @@ class LineReader:
             piece = self.piece()
         return content, False
 
+    def decode(self, raw: bytes) -> tuple[str, str | None]:
+        """Bytes as text, and what is wrong with them (None if nothing is).
+
+        Bytes that are not UTF-8 become U+DC80 to U+DCFF, which valid UTF-8 never gives.
+        """
+        try:
+            return raw.decode("utf-8"), None
+        except UnicodeDecodeError as error:
+            return raw.decode("utf-8", "surrogateescape"), self.bad_byte_reason(raw[error.start])
+
+    def bad_byte_reason(self, byte: int) -> str:
+        """The reason to refuse a row with a byte that is not of the file's encoding."""
+        # Of a file that was converted to UTF-8 on the way, the byte itself is not known any more.
+        which = f"the byte 0x{byte:02x}" if self._encoding == "UTF-8" else "a byte"
+        return f"{which} is not {self._encoding}; was the file saved in another encoding? --encoding names it"
+
     def too_long(self) -> str:
         """The reason to refuse a text above the limit."""
         return f"more than {self.max_bytes:,} bytes in one text; split it, or look for a missing line end or quote"
-
-
-def decode(raw: bytes) -> tuple[str, str | None]:
-    """Bytes as text, and what is wrong with them as UTF-8 (None if nothing is).
-
-    Bytes that are not UTF-8 become U+DC80 to U+DCFF, which valid UTF-8 never gives.
-    """
-    try:
-        return raw.decode("utf-8"), None
-    except UnicodeDecodeError as error:
-        return raw.decode("utf-8", "surrogateescape"), bad_byte_reason(raw[error.start])
-
-
-def bad_byte_reason(byte: int) -> str:
-    """The reason to refuse a row with a byte that is not UTF-8."""
-    return f"the byte 0x{byte:02x} is not UTF-8; was the file saved in another encoding?"
 
 
 def find_bad_byte(decoded: str) -> int | None:

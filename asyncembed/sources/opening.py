@@ -2,30 +2,95 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
+import re
 import stat
 import sys
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable
+from io import BufferedReader
+from typing import Any, BinaryIO, NamedTuple
 
 from asyncembed.errors import OptionsError, SourceError
-from asyncembed.sources.lines import BOM
+from asyncembed.sources.lines import BOM, PIECE_BYTES
 from asyncembed.wording import kind_of
 
 STANDARD_INPUT = "-"
 """The source that stands for standard input."""
 
+_ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not of the encoding
+
 
 class Opened(NamedTuple):
-    """A source that has been opened: `owned` is closed at the end; `size` is None if unknown (a pipe)."""
+    """A source that has been opened.
+
+    Attributes:
+        file: What was opened; closed at the end if `owned`.
+        reader: Reads it as UTF-8.
+        name: Its name in messages.
+        owned: It was opened here.
+        size: Bytes from its position to its end; None if unknown (a pipe).
+    """
 
     file: BinaryIO
+    reader: BufferedReader
     name: str
     owned: bool
     size: int | None
 
+    @property
+    def bytes_converted(self) -> int | None:
+        """Bytes taken from a file that is converted to UTF-8; None of any other."""
+        raw = self.reader.raw
+        return raw.bytes_read if isinstance(raw, _Converted) and raw.encoding else None
 
-def open_source(source: str | os.PathLike[str] | BinaryIO) -> Opened:
+
+class _Converted(io.RawIOBase):
+    """A file as UTF-8, or, without an encoding, as it is.
+
+    A byte that is not of the encoding becomes one that is not UTF-8, so that whoever decodes its row sees it.
+    """
+
+    def __init__(self, file: BinaryIO, encoding: str | None) -> None:
+        self.encoding = encoding
+        self.bytes_read = 0
+        self._read: Callable[[int], bytes] = getattr(file, "read1", getattr(file, "read", file.readline))
+        self._waiting = b""
+        if encoding is not None:
+            # Half a pair of UTF-16 or UTF-32 is a surrogate, which is no UTF-8 either.
+            is_wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+            self._errors = "surrogatepass" if is_wide else "surrogateescape"
+            self._decoder = codecs.getincrementaldecoder(encoding)(self._errors)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with what the next read gives; 0 at the end.
+
+        Raises:
+            UnicodeError: Where the characters of the encoding begin cannot be told any more.
+        """
+        at_end = False
+        while not (self._waiting or at_end):  # the first bytes of a character give no text yet
+            raw = self._read(PIECE_BYTES)
+            at_end = not raw
+            self.bytes_read += len(raw)
+            self._waiting = raw if self.encoding is None else self._recoded(raw)
+        n_bytes = min(len(buffer), len(self._waiting))
+        buffer[:n_bytes], self._waiting = self._waiting[:n_bytes], self._waiting[n_bytes:]
+        return n_bytes
+
+    def _recoded(self, raw: bytes) -> bytes:
+        text = self._decoder.decode(raw, final=not raw)
+        if self._errors == "surrogateescape":
+            text = _ESCAPED.sub("\udcff", text)  # whatever stands beside it, the byte 0xff is never UTF-8
+        return text.encode("utf-8", self._errors)
+
+
+def open_source(source: str | os.PathLike[str] | BinaryIO, encoding: str | None = None) -> Opened:
     """Open the source and refuse what can be seen at once: nothing to read in it, or no way to read it."""
     if isinstance(source, (str, os.PathLike)) and source != STANDARD_INPUT:
         file, name, owned = _open_path(os.fspath(source)), os.fspath(source), True
@@ -34,7 +99,7 @@ def open_source(source: str | os.PathLike[str] | BinaryIO) -> Opened:
         name = "standard input"
     else:
         file, owned = _check_open_file(source), False
-        name = str(getattr(source, "name", "the open file"))
+        name = str(getattr(source, "name", "") or "the open file")
     try:
         size = _bytes_left(file)
         if size is not None and size <= len(BOM) and file.read(size) in (b"", BOM):
@@ -45,12 +110,14 @@ def open_source(source: str | os.PathLike[str] | BinaryIO) -> Opened:
         if owned:
             file.close()
         raise
-    return Opened(file, name, owned, size)
+    if encoding is None and isinstance(file, BufferedReader):
+        return Opened(file, file, name, owned, size)
+    return Opened(file, BufferedReader(_Converted(file, encoding), PIECE_BYTES), name, owned, size)
 
 
 def _open_path(path: str) -> BinaryIO:
     try:
-        return open(path, "rb")
+        return open(path, "rb", buffering=PIECE_BYTES)
     except FileNotFoundError:
         raise SourceError(f"{path}: there is no such file") from None
     except IsADirectoryError:
@@ -68,14 +135,14 @@ def _open_standard_input() -> tuple[BinaryIO, bool]:
     if sys.stdin is None:
         raise SourceError("standard input is closed; name a file")
     try:
-        return open(sys.stdin.fileno(), "rb", closefd=False), True
+        return open(sys.stdin.fileno(), "rb", buffering=PIECE_BYTES, closefd=False), True
     except (OSError, ValueError):  # no real file behind it, such as a replaced sys.stdin; or closed
         return _check_open_file(sys.stdin.buffer), False
 
 
 def _check_open_file(source: object) -> BinaryIO:
     """An open file that gives bytes."""
-    if isinstance(source, io.TextIOBase):
+    if isinstance(getattr(source, "file", source), (io.TextIOBase, codecs.StreamReaderWriter)):  # file: of tempfile
         raise OptionsError("the file is open in text mode; open it in binary mode ('rb')")
     if isinstance(source, io.RawIOBase):
         raise OptionsError("the file is open without a buffer; open it without buffering=0")

@@ -150,11 +150,11 @@ def test_a_locked_folder_exits_3_before_the_model_is_loaded(tmp_path: Path) -> N
 
 
 def test_a_bad_row_in_the_middle_exits_2_and_keeps_what_came_before(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"one\ntwo\n\xff bad\nfour\n")
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\n" + b" " * 2**17 + b"\n\xff bad\nfour\n")  # beyond the first rows
     done = run("a.txt", "--json", folder=tmp_path)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("asyncembed: error: a.txt:3: ")
+    assert last.startswith("asyncembed: error: a.txt:4: ")
     assert "saved before that: 2 texts" in done.stderr
     assert the_object(done.stdout)["error"] in last
     assert len(open_embeddings(tmp_path / "data")) == 2

@@ -41,7 +41,7 @@ ROOMS = [
     ["tuning", "windows"],
     ["encoders"],
     ["cache", "memory", "threads"],
-    ["records"],
+    ["records", "iterables"],
     ["options"],
     ["errors", "wording"],
 ]

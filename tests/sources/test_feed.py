@@ -89,7 +89,7 @@ async def test_feed_reads_a_file_and_closes_it_when_closed_early(tmp_path):
 
 async def test_feed_does_not_close_what_is_not_its_own():
     file = io.StringIO("a\nb\n")
-    assert await read_all(TextFeed(file)) == ["a\n", "b\n"]
+    assert await read_all(TextFeed(file)) == ["a", "b"]
     assert not file.closed
 
 

@@ -93,10 +93,7 @@ def test_read_texts_progress_ends_at_the_size_of_the_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\ntwo\n")
     texts = read_texts(path)
-    assert (texts.bytes_read, texts.bytes_total) == (0, 11)
-    assert next(texts) == Text("one", line=1)
-    assert texts.bytes_read == 7
-    assert list(texts) == [Text("two", line=2)]
+    assert list(texts) == [Text("one", line=1), Text("two", line=2)]
     assert texts.bytes_read == texts.bytes_total == 11
 
 
@@ -142,7 +139,7 @@ def test_read_texts_nothing_but_skipped_rows_does_not_raise(tmp_path):
 def test_read_texts_utf16_is_named(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes('["text"]\n'.encode("utf-16"))
-    with pytest.raises(SourceError, match=f"a.{suffix}:1: this is UTF-16, only UTF-8 can be read"):
+    with pytest.raises(SourceError, match=f"a.{suffix}: this is UTF-16, not UTF-8; --encoding utf-16 reads it"):
         list(read_texts(path, on_bad_row="skip"))
 
 
@@ -184,12 +181,12 @@ def test_read_texts_unbuffered_file_is_refused(tmp_path):
 
 
 def test_read_texts_file_closed_meanwhile_is_one_clear_error():
-    file = io.BytesIO(b"a\nb\n")
+    file = io.BytesIO(b"a\n" * 200_000)
     texts = read_texts(file)
     assert next(texts) == Text("a", line=1)
     file.close()
-    with pytest.raises(SourceError, match="the open file:1: cannot be read further"):
-        next(texts)
+    with pytest.raises(SourceError, match=r"the open file:\d+: cannot be read further"):
+        list(texts)
 
 
 def run_script(script: str, **standard_input) -> subprocess.CompletedProcess[bytes]:
