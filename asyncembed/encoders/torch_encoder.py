@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -33,7 +34,7 @@ class TorchEncoder:
         model: The SentenceTransformer, in place on its device.
         prompt: Put before every chunk.
         prompt_name: Name of one of the model's prompts, if `prompt` is None.
-        weights: The hash of its weights as they were stored, if known; None hashes the live ones when asked.
+        weights: The hash of its weights as they were stored, if known; None hashes the live ones whenever asked.
         name: What the user called it; None asks the model.
 
     Raises:
@@ -82,10 +83,18 @@ class TorchEncoder:
         return FastTokenizer(self.fast_tokenizer, getattr(self._tokenizer, "unk_token", None))
 
     def start(self, batch: Batch) -> Any:
-        """Run a batch; on a GPU the work is only queued."""
+        """Run a batch; on a GPU the work is only queued.
+
+        What the program around has set for its own work does not change the vectors: a live model that is being trained
+        between batches, mixed precision in a thread that calls here.
+        """
         import torch
 
-        with torch.inference_mode():
+        if self.model.training:
+            self.model.eval()
+        kind = self.model.device.type
+        mixed = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with torch.inference_mode(), mixed:
             if not self._sees_prompts:
                 return self._forward(batch)
             vectors = torch.empty((len(batch.chunks), self.dim), device=self.model.device, dtype=torch.float32)
@@ -114,10 +123,9 @@ class TorchEncoder:
     def fingerprint(self) -> Mapping[str, Any]:
         """Hashes of weights, tokenizer and module settings, with dtype, dimension and longest row."""
         modules = [[type(module).__name__, _config_of(module)] for module in list(self.model.children())[1:]]
-        if self._weights is None:  # only now: an unsaved job with a large live model never pays for it
-            self._weights = hash_tensors(self.model.state_dict())
         return {
-            "weights": self._weights,
+            # A live model's only now, as an unsaved job need not pay for it, and each time: it may have been trained.
+            "weights": self._weights or hash_tensors(self.model.state_dict()),
             "tokenizer": _tokenizer_hash(self.fast_tokenizer, self._tokenizer),
             "modules": hashlib.sha256(json.dumps(modules, sort_keys=True, default=str).encode()).hexdigest(),
             "dtype": self.dtype,
