@@ -1,10 +1,11 @@
-"""The commands, with click; nothing that knows a model is imported."""
+"""The commands, with click; nothing that knows a model is imported, unless texts are to be computed again."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Sequence
+from itertools import chain
 
 import click
 
@@ -18,6 +19,7 @@ from asyncembed.sinks.upkeep import are_all_known
 from asyncembed.sinks.upkeep import failures as find_failures
 from asyncembed.sinks.upkeep import rebuild as rebuild_index
 from asyncembed.sinks.upkeep import remove_damaged as check_and_remove
+from asyncembed.store_cli.recomputing import ModelChoice, wrong_vectors
 from asyncembed.wording import plural
 
 _FOLDER = click.argument("folder", metavar="DIR", type=click.Path())
@@ -42,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def group() -> None:
-    """Look after a folder of embeddings. No model is loaded.
+    """Look after a folder of embeddings. No model is loaded, but for verify --recompute.
 
     Exit codes: 0 all is well, 1 something is damaged, 2 bad usage, 3 the folder cannot be used (or a job writes to it).
     """
@@ -52,7 +54,18 @@ def group() -> None:
 @_FOLDER
 @click.option("--remove-damaged", is_flag=True, help="Remove damaged files, so that the next run makes them anew.")
 @click.option("as_json", "--json", is_flag=True, help="Print one JSON object a fault, and one with the numbers.")
-def verify(folder: str, remove_damaged: bool, as_json: bool) -> int:
+@click.option(
+    "--recompute",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Also compute N of the texts again, taken at random, and compare: loads the model.",
+)
+@click.option("--model", metavar="MODEL", help="For --recompute: the model, where it is not found as it was named.")
+@click.option("--trust-remote-code", is_flag=True, help="For --recompute: let the model run code that it brings along.")
+@click.option("--allow-pickle", is_flag=True, help="For --recompute: let weights be read from a pickle.")
+def verify(
+    folder: str, remove_damaged: bool, as_json: bool, recompute: int | None, model: str | None, **trust: bool
+) -> int:
     """Read every file, and say what is wrong.
 
     A file is right if it is whole, its text is the one that its name says, its vector is finite and as long as the
@@ -60,8 +73,11 @@ def verify(folder: str, remove_damaged: bool, as_json: bool) -> int:
     """
     paths = _paths(folder)
     check = FolderCheck(paths)
+    faults = check.faults()
+    if recompute is not None:
+        faults = chain(faults, wrong_vectors(paths, recompute, ModelChoice(model=model, **trust)))
     n_faults = n_removed = 0
-    for fault in check_and_remove(paths, check) if remove_damaged else check.faults():
+    for fault in check_and_remove(paths, faults) if remove_damaged else faults:
         removed = remove_damaged and fault.removable
         n_faults, n_removed = n_faults + 1, n_removed + removed
         if as_json:
