@@ -164,12 +164,17 @@ def keep_graph(key: str | None, source: Path | None, tokenizer: str, save: Calla
                 "this run uses a temporary folder", cache_root(), str(error),  # its frames would keep the model alive
             )  # fmt: skip
     folder = Path(tempfile.mkdtemp(prefix="asyncembed-"))
-    remove = partial(shutil.rmtree, folder, ignore_errors=True)
+    remove = partial(_remove_temporary, folder, os.getpid())
     try:
         return CachedGraph(folder, _fill(folder, tokenizer, save), remove)
     except BaseException:
         remove()
         raise
+
+
+def _remove_temporary(folder: Path, maker: int) -> None:
+    if os.getpid() == maker:  # and not when a forked child ends
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _keep(key: str, source: Path | None, tokenizer: str, save: Callable[[Path], GraphFacts]) -> CachedGraph:

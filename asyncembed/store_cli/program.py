@@ -71,6 +71,8 @@ def verify(
     A file is right if it is whole, its text is the one that its name says, its vector is finite and as long as the
     folder's, it was made with the folder's weights and options, and the index says the same of it.
     """
+    if recompute is None and (model is not None or any(trust.values())):
+        raise click.UsageError("--model, --trust-remote-code and --allow-pickle go with --recompute N")
     paths = _paths(folder)
     check = FolderCheck(paths)
     faults = check.faults()

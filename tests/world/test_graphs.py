@@ -21,7 +21,7 @@ import orjson
 import pytest
 
 from asyncembed import EmbeddingGenerator, EmbedOptions, StoreMismatchError, embed_stream, load_encoder
-from asyncembed.encoders import graph_cache
+from asyncembed.encoders import graph_cache, weights
 from asyncembed.store_cli.program import run as store
 
 TEXTS = ["a heron on the river", "a boat at the mooring"]
@@ -255,6 +255,20 @@ def test_each_file_of_a_model_counts_whatever_its_times_say(name: str, model: Pa
     assert graph_cache.graph_key(model) != before
 
 
+def test_model_too_large_to_be_read_at_each_start_is_known_by_samples_when_exchanged(
+    model: Path, models: tuple[Path, Path], expected: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_HASHED_WHOLE", 1000)
+    monkeypatch.setattr(weights, "_SAMPLE_BYTES", 64)
+    before = graph_cache.graph_key(model)
+    for _ in range(2):  # hashed, and remembered
+        embed(model, backend="torch", save_path=tmp_path / "data")
+    exchange(model, models[1])
+    assert graph_cache.graph_key(model) != before
+    with pytest.raises(StoreMismatchError, match="weights"):
+        embed(model, backend="torch", save_path=tmp_path / "data")
+
+
 def test_touched_or_copied_model_is_not_converted_again(model: Path, tmp_path: Path, expected: tuple[Any, Any]) -> None:
     embed(model)
     before = entries()
@@ -436,6 +450,7 @@ def test_recomputing_finds_wrong_vectors_and_removes_them_if_asked(
 def test_recomputing_with_another_model_is_refused_and_removes_nothing(
     data: Path, models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert store(["verify", str(data), "--model", str(models[0])]) == 2  # without --recompute it would do nothing
     command = ["verify", str(data), "--recompute", "9", "--remove-damaged", "--model"]
     assert store([*command, str(models[1])]) == 3
     assert "weights is " in capsys.readouterr().err
