@@ -187,6 +187,7 @@ def _keep(key: str, source: Path | None, tokenizer: str, save: Callable[[Path], 
         making.mkdir(parents=True)
         (making / "lock").touch()
         release = _use(making)
+        _prune(target, made_for)  # also now: a conversion that is killed at each start leaves something each time
         facts = _fill(making, tokenizer, save)
         meta = {
             "digests": {name: file_hash(making / name) for name in _FILES},

@@ -19,7 +19,7 @@ from asyncembed.sinks.upkeep import are_all_known
 from asyncembed.sinks.upkeep import failures as find_failures
 from asyncembed.sinks.upkeep import rebuild as rebuild_index
 from asyncembed.sinks.upkeep import remove_damaged as check_and_remove
-from asyncembed.store_cli.recomputing import ModelChoice, wrong_vectors
+from asyncembed.store_cli.recomputing import ModelChoice, Recomputation
 from asyncembed.wording import plural
 
 _FOLDER = click.argument("folder", metavar="DIR", type=click.Path())
@@ -75,9 +75,8 @@ def verify(
         raise click.UsageError("--model, --trust-remote-code and --allow-pickle go with --recompute N")
     paths = _paths(folder)
     check = FolderCheck(paths)
-    faults = check.faults()
-    if recompute is not None:
-        faults = chain(faults, wrong_vectors(paths, recompute, ModelChoice(model=model, **trust)))
+    again = Recomputation(paths, recompute or 0, ModelChoice(model=model, **trust))
+    faults = check.faults() if recompute is None else chain(check.faults(), again.faults())
     n_faults = n_removed = 0
     for fault in check_and_remove(paths, faults) if remove_damaged else faults:
         removed = remove_damaged and fault.removable
@@ -87,12 +86,15 @@ def verify(
         else:
             print_out(f"{fault.path}: {fault.reason}{'; removed' if removed else ''}")
     numbers = {"files": check.n_files, "faults": n_faults, "removed": n_removed, "unlisted": check.n_unlisted}
+    if recompute is not None:
+        numbers["recomputed"] = again.n_texts
     if as_json:
         print_out(json.dumps(numbers))
     else:
+        recomputed = f", {again.n_texts} computed again" if recompute is not None else ""
         unlisted = f"; {plural(check.n_unlisted, 'file')} not yet in the index" if check.n_unlisted else ""
         removal = f", {n_removed} removed: the next run makes them anew" if n_removed else ""
-        print_out(f"{plural(check.n_files, 'file')} read, {plural(n_faults, 'fault')}{removal}{unlisted}")
+        print_out(f"{plural(check.n_files, 'file')} read{recomputed}, {plural(n_faults, 'fault')}{removal}{unlisted}")
     return Exit.INCOMPLETE if n_faults else Exit.DONE
 
 

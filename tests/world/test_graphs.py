@@ -432,7 +432,7 @@ def test_recomputing_finds_wrong_vectors_and_removes_them_if_asked(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert store(["verify", str(data), "--recompute", "3"]) == 0
-    assert capsys.readouterr().out == "6 files read, 0 faults\n"
+    assert capsys.readouterr().out == "6 files read, 3 computed again, 0 faults\n"
     wrong = spoil(data, 2)
     store(["rebuild", str(data)])  # the sizes in the index are those of the files: only the vectors are wrong
     assert store(["verify", str(data)]) == 0
@@ -441,7 +441,7 @@ def test_recomputing_finds_wrong_vectors_and_removes_them_if_asked(
     *faults, numbers = map(json.loads, capsys.readouterr().out.splitlines())
     assert sorted(fault["path"] for fault in faults) == wrong
     assert all("is not what the model gives (cosine " in fault["reason"] for fault in faults)
-    assert numbers == {"files": 6, "faults": 2, "removed": 0, "unlisted": 0}
+    assert numbers == {"files": 6, "faults": 2, "removed": 0, "unlisted": 0, "recomputed": 6}
     assert store(["verify", str(data), "--recompute", "100", "--remove-damaged"]) == 1
     assert store(["verify", str(data), "--recompute", "100"]) == 0
     assert not any(map(os.path.exists, wrong))
