@@ -18,6 +18,7 @@ from asyncembed.encode_settings import options_of
 from asyncembed.encoders import Encoder, FloatMatrix, input_of, instruction_of
 from asyncembed.iterables import check_source, without_line_ends
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
+from asyncembed.job.agreement import LOOKED_AT, RUN_BY_US, check_folder
 from asyncembed.loop_thread import LoopThread
 from asyncembed.memory import MemoryBudget
 from asyncembed.options import DEFAULT_SAVE_PATH, EmbedOptions
@@ -350,6 +351,8 @@ class EmbeddingGenerator:
         chunker = load_chunker(encoder, options, splitter=self._chosen_splitter(), recorded=recorded)
         if writer is not None:
             writer.claim(run_fingerprint(encoder, chunker, options), encoder.made_with())
+            if encoder.backend in RUN_BY_US:
+                check_folder(writer.paths.root, encoder, chunker.prompt, writer.some(LOOKED_AT))
         return PipelineSteps(
             encoder if self._estimator is not None else self._kept_limits().encoder,
             chunker,

@@ -86,7 +86,9 @@ ENTRIES: dict[str, _Entry] = {
     "device": _Entry(
         MODEL, "auto takes a GPU if there is one; or cpu, cuda, cuda:1, mps, and so on.", ("-d",), "DEVICE"
     ),
-    "backend": _Entry(MODEL, "What runs the model."),
+    "backend": _Entry(
+        MODEL, "What runs the model. OpenVINO's graphs are kept in asyncembed/graphs of your cache folder."
+    ),
     "dtype": _Entry(MODEL, "Precision; auto is float32 on a CPU, or what the folder was made with."),
     "trust_remote_code": _Entry(MODEL, "Let a model run code that it brings along."),
     "allow_pickle": _Entry(MODEL, "Let weights be read from a pickle where there are no safetensors."),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import locale
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ MIN_COSINE = 0.99999
 """The graph's float32 vectors must agree with torch's by this much on every probe row."""
 
 _LENGTHS = (3, 5, 17, 64, 256)
+_LONGEST = 2048  # the longest probe: a larger one could itself exhaust the memory
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -50,7 +54,7 @@ def convert(model: Any, *, with_types: bool, features: dict[str, Any]) -> Any:
 
     ids, mask, types = (torch.from_numpy(array) for array in _probe_rows(model, 7, 3, _pads_left(model)))
     example = (ids, mask, types) if with_types else (ids, mask)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet():
         graph = ov.convert_model(Pipeline(), example_input=example)
     for number, name in enumerate(_INPUTS[: len(example)]):
         graph.inputs[number].get_node().set_friendly_name(name)
@@ -72,8 +76,55 @@ def _quiet() -> Iterator[None]:
         library.setLevel(level)
 
 
+def save(graph: Any, path: Path) -> None:
+    """Write `path`, the graph's XML, and its weights beside it.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    import openvino as ov
+
+    try:
+        with _decimal_points():
+            ov.save_model(graph, path, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise OSError(f"{path.parent}: {str(error).strip().splitlines()[-1]}") from error
+
+
+@contextmanager
+def _decimal_points() -> Iterator[None]:
+    """Numbers are written with a point by this thread, whatever locale the program has set.
+
+    OpenVINO writes some numbers as the C library does, so under a locale with a decimal comma it writes files that it
+    reads back as other numbers. The locale of the process is left alone: other threads depend on it. Where a thread
+    cannot have its own (Windows), the check of what was saved finds out.
+    """
+    import ctypes
+
+    libc: Any = None if sys.platform == "win32" else ctypes.CDLL(None)
+    if not hasattr(libc, "uselocale"):
+        yield
+        return
+    for name, arguments in (
+        ("duplocale", [ctypes.c_void_p]),
+        ("newlocale", [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p]),
+        ("uselocale", [ctypes.c_void_p]),
+        ("freelocale", [ctypes.c_void_p]),
+    ):
+        function = getattr(libc, name)
+        function.argtypes, function.restype = arguments, ctypes.c_void_p
+    before = libc.uselocale(None)
+    plain = libc.newlocale(1 << locale.LC_NUMERIC, b"C", libc.duplocale(before))
+    libc.uselocale(plain)
+    try:
+        yield
+    finally:
+        libc.uselocale(before)
+        libc.freelocale(plain)
+
+
 def check(model: Any, compiled: Any, *, with_types: bool, features: dict[str, Any], max_tokens: int) -> bool:
-    """Compare the compiled graph with torch on rows of several lengths, with and without padding.
+    """Compare the compiled graph with torch on rows of several lengths up to the longest, with and without padding.
 
     Torch pads on the tokenizer's side. A decoder padded on the left has positions that attend to nothing, of which
     OpenVINO makes NaN; if the graph fails so, it is tried with padding on the right, which causal attention ignores.
@@ -100,13 +151,13 @@ def _disagreement(
     """Where graph and torch differ; None if nowhere."""
     import torch
 
-    for length in _LENGTHS:
-        for n_rows in (1, 4) if length <= max_tokens else ():
+    for length in sorted({*(min(length, max_tokens) for length in _LENGTHS), min(max_tokens, _LONGEST)}):
+        for n_rows in (1, 4) if length <= _LENGTHS[-1] else (1,):
             arrays = _probe_rows(model, length, n_rows, _pads_left(model))
             given = {name: torch.from_numpy(array) for name, array in zip(_INPUTS, arrays, strict=True)}
             if not with_types:
                 del given["token_type_ids"]
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.autocast("cpu", enabled=False):
                 expected = model({**features, **given})["sentence_embedding"].float().numpy()
             request.infer(list(_probe_rows(model, length, n_rows, pads_left)[: 3 if with_types else 2]))
             found = request.get_output_tensor(0).data.copy()
@@ -136,5 +187,6 @@ def _probe_rows(model: Any, length: int, n_rows: int, pads_left: bool) -> Sequen
 
 
 def _cosines(a: FloatMatrix, b: FloatMatrix) -> Any:
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.sum(a * b, axis=1) / np.where(lengths > 0, lengths, np.inf)
+    with np.errstate(all="ignore"):  # whatever the program around has chosen
+        lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        return np.sum(a * b, axis=1) / np.where(lengths > 0, lengths, np.inf)

@@ -1,7 +1,8 @@
 """Checked graphs in the user's cache folder, so that the next start needs neither torch nor sentence-transformers.
 
-An entry is a folder named by a key over the model's files and the versions that made it. It appears whole or not at
-all (written beside and renamed), and its files are checked against their digests when it is read.
+An entry is a folder named by a key over the contents of the model's files and the versions that made it. It appears
+whole or not at all (written beside and renamed), its files are checked against their digests when it is read, and while
+a process uses it, it holds a shared lock on it.
 """
 
 from __future__ import annotations
@@ -12,19 +13,33 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from asyncembed.cache import cache_folder
+from asyncembed.encoders.weights import contents_hash, file_hash
+
+if sys.platform != "win32":
+    import fcntl
 
 logger = logging.getLogger("asyncembed")
 
-_FORMAT = 1
+MAX_BYTES = 8 << 30
+"""What all graphs may take: above it the least recently used are removed."""
+
+_FORMAT = 2  # those of format 1 may have been saved under a locale that breaks their numbers
 _FILES = ("model.xml", "model.bin", "tokenizer.json")
-_IGNORED = (".md", ".gitattributes", ".py", ".onnx", ".h5", ".msgpack", ".ot", ".pyc")
+_MAKERS = ("openvino", "asyncembed", "torch", "transformers", "sentence-transformers", "tokenizers")
+_DAY_S = 86_400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +71,23 @@ class GraphFacts:
     versions: dict[str, str]
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class CachedGraph:
-    """A checked graph on disk."""
+    """A checked graph on disk.
+
+    Attributes:
+        folder: Holds its files.
+        facts: What must be known besides.
+        release: To be called when the graph is used no more: gives the entry back, or removes a temporary folder.
+    """
 
     folder: Path
     facts: GraphFacts
+    release: Callable[[], None] = field(default=_nothing, compare=False)
 
     @property
     def model_path(self) -> Path:
@@ -79,58 +105,185 @@ def cache_root() -> Path:
     return cache_folder() / "graphs"
 
 
+def makers() -> dict[str, str]:
+    """The versions on which a graph depends."""
+    return {name: version(name) for name in _MAKERS}
+
+
 def graph_key(folder: Path) -> str:
-    """A key for the model in `folder`: its files' names, sizes and times, with the versions that read them."""
-    facts: list[Any] = [_FORMAT, version("openvino"), version("asyncembed"), str(folder)]
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix not in _IGNORED and path.name not in _IGNORED:
-            status = path.stat()
-            facts.append([path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns])
+    """A key for the model in `folder`: the contents of its files, with the versions that read them."""
+    facts = [_FORMAT, makers(), contents_hash(folder)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40]
 
 
 def load_graph(key: str) -> CachedGraph | None:
     """The graph of that key; None if there is none or it is damaged (it is removed then)."""
     folder = cache_root() / key
+    release = _nothing
     try:
+        release = _use(folder)
         meta = json.loads((folder / "meta.json").read_bytes())
         for name in _FILES:
-            if _digest(folder / name) != meta["digests"][name]:
+            if file_hash(folder / name) != meta["digests"][name]:
                 raise ValueError(f"{name} is damaged")
-        return CachedGraph(folder, GraphFacts(**meta["facts"]))
-    except (FileNotFoundError, NotADirectoryError):
+        facts = GraphFacts(**meta["facts"])
+    except BlockingIOError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
+        release()
+        if not folder.exists():
+            return None
         logger.warning("the cached graph in %s is unusable (%s); it is made anew", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
+    with contextlib.suppress(OSError):
+        os.utime(folder)  # it was used just now
+    return CachedGraph(folder, facts, release)
 
 
-def store_graph(key: str, facts: GraphFacts, tokenizer: str, save: Callable[[Path], None]) -> CachedGraph | None:
-    """Keep a graph; None if the cache cannot be written.
+def keep_graph(key: str | None, source: Path | None, tokenizer: str, save: Callable[[Path], GraphFacts]) -> CachedGraph:
+    """Keep a graph; in a temporary folder, for this process only, if it has no key or the cache cannot be written.
 
     Args:
-        key: From `graph_key`.
-        facts: What must be known besides.
+        key: From `graph_key`; None for a model without a folder.
+        source: The model's folder.
         tokenizer: The tokenizer's JSON.
-        save: Writes `model.xml` and `model.bin` to the path it is given.
+        save: Writes `model.xml` and `model.bin` to the path it is given, and checks them as they lie there.
+
+    Raises:
+        OSError: It cannot be written anywhere.
+        Exception: What `save` raises.
     """
-    target = cache_root() / key
-    making = target.with_name(f".{key}.{os.getpid()}")
+    if key is not None:
+        try:
+            return _keep(key, source, tokenizer, save)
+        except OSError as error:
+            logger.warning(
+                "the graph cannot be kept in %s for the next start, which converts the model again (%s); "
+                "this run uses a temporary folder", cache_root(), str(error),  # its frames would keep the model alive
+            )  # fmt: skip
+    folder = Path(tempfile.mkdtemp(prefix="asyncembed-"))
+    remove = partial(_remove_temporary, folder, os.getpid())
+    try:
+        return CachedGraph(folder, _fill(folder, tokenizer, save), remove)
+    except BaseException:
+        remove()
+        raise
+
+
+def _remove_temporary(folder: Path, maker: int) -> None:
+    if os.getpid() == maker:  # and not when a forked child ends
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep(key: str, source: Path | None, tokenizer: str, save: Callable[[Path], GraphFacts]) -> CachedGraph:
+    """Make an entry beside its place, and rename it, unless another process was faster."""
+    root = cache_root()
+    target, making = root / key, root / f".{key}.{os.getpid()}.{threading.get_ident()}"
+    made_for = {"folder": str(source), "versions": makers()}
+    release = _nothing
     try:
         making.mkdir(parents=True)
-        save(making / "model.xml")
-        (making / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-        digests = {name: _digest(making / name) for name in _FILES}
-        (making / "meta.json").write_text(json.dumps({"digests": digests, "facts": asdict(facts)}), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
+        (making / "lock").touch()
+        release = _use(making)
+        _prune(target, made_for)  # also now: a conversion that is killed at each start leaves something each time
+        facts = _fill(making, tokenizer, save)
+        meta = {
+            "digests": {name: file_hash(making / name) for name in _FILES},
+            "facts": asdict(facts),
+            "made_for": made_for,
+        }
+        (making / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        if (theirs := load_graph(key)) is not None:
+            release()
+            return theirs
         making.rename(target)
-    except OSError as error:
-        logger.warning("the graph cannot be kept for the next start: %s", error)
-        return None
+    except BaseException:
+        release()
+        raise
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    return CachedGraph(target, facts)
+    _prune(target, made_for)
+    return CachedGraph(target, facts, release)
+
+
+def _fill(folder: Path, tokenizer: str, save: Callable[[Path], GraphFacts]) -> GraphFacts:
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    return save(folder / "model.xml")
+
+
+def _use(folder: Path) -> Callable[[], None]:
+    """Hold a shared lock on an entry, so that no process removes it; the way to give it back.
+
+    Raises:
+        FileNotFoundError: There is no such entry.
+        BlockingIOError: It is just being removed.
+    """
+    descriptor = os.open(folder / "lock", os.O_RDONLY)
+    try:
+        if sys.platform != "win32":  # there the open file alone keeps the folder from being moved
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        pass  # a file system without locks
+    return partial(os.close, descriptor)
+
+
+def _prune(current: Path, made_for: Mapping[str, object]) -> None:
+    """Remove what is of no more use, but nothing that a process uses.
+
+    That is: what killed conversions and earlier versions of this library left, the model's graph before its files
+    changed, and above `MAX_BYTES` the least recently used.
+    """
+    others: list[tuple[float, Path]] = []
+    for folder in cache_root().iterdir():
+        if folder == current or not folder.is_dir():
+            continue
+        if folder.name.startswith(".") or _made_for(folder) in (None, made_for):
+            _remove_unused(folder)
+        else:
+            others.append((folder.stat().st_mtime, folder))
+    n_bytes = _size(current)
+    for _, folder in sorted(others, reverse=True):
+        n_bytes += _size(folder)
+        if n_bytes > MAX_BYTES:
+            _remove_unused(folder)
+
+
+def _made_for(folder: Path) -> object:
+    try:
+        return json.loads((folder / "meta.json").read_bytes()).get("made_for")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _size(folder: Path) -> int:
+    with contextlib.suppress(OSError):
+        return sum(path.stat().st_size for path in folder.iterdir())
+    return 0
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove an entry if no process holds its lock; one without a lock, of an earlier version, if it is a day old."""
+    with contextlib.suppress(OSError):  # in use, or removed by another process
+        if not (folder / "lock").exists() and time.time() - folder.stat().st_mtime < _DAY_S:
+            return
+        with _locked(folder):
+            doomed = folder.rename(folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone"))
+            shutil.rmtree(doomed, ignore_errors=True)
+            logger.debug("removed the graph in %s", folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    if sys.platform == "win32" or not (folder / "lock").exists():
+        yield
+        return
+    with (folder / "lock").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def known_failure(key: str) -> str | None:
@@ -163,11 +316,3 @@ def resolve_prompt(facts: GraphFacts, prompt: str | None, prompt_name: str | Non
         return ""
     prompts: Mapping[str, str] = facts.prompts
     return (prompts[name] or "") if name in prompts else (None if prompt_name is not None else "")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

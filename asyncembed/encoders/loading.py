@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,19 +119,23 @@ def _try_openvino(
     model: str | os.PathLike[str], folder: Path | None, options: EmbedOptions, dtype: str
 ) -> tuple[Encoder | None, str | None]:
     """An encoder, if there is one already, and what stood in the way of OpenVINO: the torch model then."""
+    from asyncembed.encoders.graph_cache import graph_key
     from asyncembed.encoders.openvino_loading import check_dtype, convert_and_keep, load_cached
 
     encoder: Encoder | None = None
-    obstacle = check_dtype(dtype)
+    with ThreadPoolExecutor(1, "asyncembed-hash") as executor:  # beside the import of OpenVINO, which takes longer
+        hashing = executor.submit(graph_key, folder) if folder is not None else None
+        obstacle = check_dtype(dtype)
+    key = hashing.result() if hashing is not None and obstacle is None else None
     try:
-        if obstacle is None and folder is not None:
-            encoder = load_cached(folder, options, dtype)
+        if key is not None:
+            encoder = load_cached(key, options, dtype)
     except ModelError as error:
         obstacle = str(error)
     if obstacle is None and encoder is None:
         torch_encoder = _load_torch(model, folder, options, "cpu", "float32")
         try:
-            return convert_and_keep(torch_encoder, folder, options, dtype), None
+            return convert_and_keep(torch_encoder, folder, key, options, dtype), None
         except ModelError as error:
             obstacle = str(error)
             encoder = torch_encoder if dtype == "float32" else None
@@ -261,7 +266,7 @@ def _wrap_live(model: Any, options: EmbedOptions) -> Encoder:
         raise OptionsError(f"a live model goes to OpenVINO from float32 on the CPU, not {encoder!r}")
     from asyncembed.encoders.openvino_loading import convert_and_keep
 
-    return convert_and_keep(encoder, None, options, "float32" if options.dtype == "auto" else options.dtype)
+    return convert_and_keep(encoder, None, None, options, "float32" if options.dtype == "auto" else options.dtype)
 
 
 def _choose_device(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -42,6 +43,7 @@ class OpenVinoEncoder:
 
     def __init__(self, graph: CachedGraph, *, name: str, dtype: str, prompt: str) -> None:
         ov = import_openvino()
+        weakref.finalize(self, graph.release)
         self._tensor = ov.Tensor
         self.name = name
         self.dtype = dtype
@@ -170,10 +172,10 @@ def import_openvino() -> Any:
     return openvino
 
 
-def compile_graph(ov: Any, model: Any, dtype: str) -> Any:
-    """Compile a graph (a path or an `openvino.Model`) for throughput on this CPU."""
+def compile_graph(ov: Any, path: str, dtype: str) -> Any:
+    """Compile a saved graph for throughput on this CPU."""
     settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": _HINTS[dtype]}
-    return ov.Core().compile_model(model, "CPU", settings)
+    return ov.Core().compile_model(path, "CPU", settings)
 
 
 def supported_dtypes() -> set[str]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
+import locale
 import logging
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from asyncembed.encoders.failures import FailureKind, classify
 from asyncembed.encoders.graph_cache import (
     CachedGraph,
     GraphFacts,
     forget_failure,
     graph_key,
+    keep_graph,
     known_failure,
     load_graph,
     remember_failure,
     resolve_prompt,
-    store_graph,
 )
 from asyncembed.encoders.openvino_encoder import OpenVinoEncoder, compile_graph, import_openvino, supported_dtypes
 from asyncembed.errors import ModelError, OptionsError
@@ -36,36 +35,58 @@ def is_installed() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def load_cached(folder: Path, options: EmbedOptions, dtype: str) -> OpenVinoEncoder | None:
+def load_cached(key: str, options: EmbedOptions, dtype: str) -> OpenVinoEncoder | None:
     """The encoder from the cache, without torch; None if its graph was not made yet.
 
     Raises:
         ModelError: It could not be made before, for the reason given.
         OptionsError: The model has no prompt of that name.
     """
-    key = graph_key(folder)
     if (reason := known_failure(key)) is not None:
         raise ModelError(reason)
     graph = load_graph(key)
     return _encoder(graph, options, dtype) if graph is not None else None
 
 
-def convert_and_keep(encoder: TorchEncoder, folder: Path | None, options: EmbedOptions, dtype: str) -> OpenVinoEncoder:
+def convert_and_keep(
+    encoder: TorchEncoder, folder: Path | None, key: str | None, options: EmbedOptions, dtype: str
+) -> OpenVinoEncoder:
     """Convert a torch encoder, in float32 on the CPU, check the graph, and keep it.
 
+    Args:
+        encoder: The model, loaded from `folder`.
+        folder: Where it lies; None for one that is live, or known to a hub only. Its graph is not kept.
+        key: The key of `folder` before the model was loaded.
+        options: What the user chose.
+        dtype: Precision of the arithmetic.
+
     Raises:
-        ModelError: It does not convert or does not agree; remembered, so that the next start does not try again.
+        ModelError: It does not convert or does not agree; remembered, so that the next start does not try again. Or
+            there was no memory or disk for it, which is not.
     """
-    key = graph_key(folder) if folder is not None else _key_of(encoder)
+    if folder is not None and graph_key(folder) != key:
+        key = None  # its files changed while they were read: which of them this model is made of, nobody knows
     try:
-        graph = _make(encoder, key)
+        graph = _make(encoder, folder, key)
     except Exception as error:
         reason = str(error).strip().split("\n", 1)[0]
         message = reason if isinstance(error, ModelError) else f"it does not convert: {type(error).__name__}: {reason}"
-        remember_failure(key, message)
+        if not _may_pass(error):
+            if key is not None:
+                remember_failure(key, message)
+        else:
+            logger.warning("%s is not run by OpenVINO this time: %s", encoder.name, message)
         raise ModelError(message) from error
-    forget_failure(key)
+    logger.info("%s is run by OpenVINO; its graph is in %s", encoder.name, graph.folder)
+    if key is not None:
+        forget_failure(key)
     return _encoder(graph, options, dtype)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a conversion failed for what may be otherwise at the next start: memory, disk, the program's locale."""
+    is_passing = isinstance(error, OSError) or classify(error) is not FailureKind.OTHER
+    return is_passing or locale.localeconv()["decimal_point"] != "."
 
 
 def check_dtype(dtype: str) -> str | None:
@@ -75,8 +96,8 @@ def check_dtype(dtype: str) -> str | None:
     return f"this processor does not compute in {dtype}"
 
 
-def _make(encoder: TorchEncoder, key: str) -> CachedGraph:
-    from asyncembed.encoders.graph import check, convert
+def _make(encoder: TorchEncoder, folder: Path | None, key: str | None) -> CachedGraph:
+    from asyncembed.encoders.graph import check, convert, save
 
     ov = import_openvino()
     plain = encoder.plain_features()
@@ -87,26 +108,26 @@ def _make(encoder: TorchEncoder, key: str) -> CachedGraph:
     if encoder.fast_tokenizer.get_vocab_size() > model.transformers_model.get_input_embeddings().num_embeddings:
         raise ModelError("its tokenizer has more tokens than it has vectors for, of which OpenVINO reads others")
     graph = convert(model, with_types=with_types, features=features)
-    compiled = compile_graph(ov, graph, "float32")
-    pads_left = check(model, compiled, with_types=with_types, features=features, max_tokens=encoder.max_tokens)
-    facts = GraphFacts(
-        dim=encoder.dim,
-        max_tokens=encoder.max_tokens,
-        with_types=with_types,
-        pad_id=model.tokenizer.pad_token_id or 0,
-        pads_left=pads_left,
-        unknown=encoder.unknown,
-        prompts={name: text or "" for name, text in model.prompts.items()},
-        default_prompt_name=model.default_prompt_name,
-        fingerprint=dict(encoder.fingerprint()),
-        versions=dict(encoder.made_with()["versions"]),
-    )
-    kept = store_graph(
-        key, facts, encoder.fast_tokenizer.to_str(), lambda path: ov.save_model(graph, path, compress_to_fp16=False)
-    )
-    if kept is None:
-        raise ModelError("its OpenVINO graph cannot be kept in the cache folder")
-    return kept
+
+    def save_and_check(path: Path) -> GraphFacts:
+        """What is checked is what later starts read: the file."""
+        save(graph, path)
+        compiled = compile_graph(ov, str(path), "float32")
+        pads_left = check(model, compiled, with_types=with_types, features=features, max_tokens=encoder.max_tokens)
+        return GraphFacts(
+            dim=encoder.dim,
+            max_tokens=encoder.max_tokens,
+            with_types=with_types,
+            pad_id=model.tokenizer.pad_token_id or 0,
+            pads_left=pads_left,
+            unknown=encoder.unknown,
+            prompts={name: text or "" for name, text in model.prompts.items()},
+            default_prompt_name=model.default_prompt_name,
+            fingerprint=dict(encoder.fingerprint()),
+            versions=dict(encoder.made_with()["versions"]),
+        )
+
+    return keep_graph(key, folder, encoder.fast_tokenizer.to_str(), save_and_check)
 
 
 def _encoder(graph: CachedGraph, options: EmbedOptions, dtype: str) -> OpenVinoEncoder:
@@ -117,8 +138,3 @@ def _encoder(graph: CachedGraph, options: EmbedOptions, dtype: str) -> OpenVinoE
         )
     name = str(options.model) if isinstance(options.model, (str, Path)) else type(options.model).__name__
     return OpenVinoEncoder(graph, name=name, dtype=dtype, prompt=prompt)
-
-
-def _key_of(encoder: TorchEncoder) -> str:
-    facts: list[Any] = ["live", version("openvino"), version("asyncembed"), dict(encoder.fingerprint())]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -42,7 +43,7 @@ class TorchEncoder:
         model: The SentenceTransformer, in place on its device.
         prompt: Put before every chunk.
         prompt_name: Name of one of the model's prompts, if `prompt` is None.
-        weights: The hash of its weights as they were stored, if known; None hashes the live ones when asked.
+        weights: The hash of its weights as they were stored, if known; None hashes the live ones whenever asked.
         name: What the user called it; None asks the model.
 
     Raises:
@@ -123,10 +124,18 @@ class TorchEncoder:
         return _copy_of(tokenizer, unknown), min(_max_tokens_of(route), task_limit(route, task) or UNLIMITED_TOKENS)
 
     def start(self, batch: Batch) -> Any:
-        """Run a batch; on a GPU the work is only queued."""
+        """Run a batch; on a GPU the work is only queued.
+
+        What the program around has set for its own work does not change the vectors: a live model that is being trained
+        between batches, mixed precision in a thread that calls here.
+        """
         import torch
 
-        with self._running, torch.inference_mode():
+        if self.model.training:
+            self.model.eval()
+        kind = self.model.device.type
+        mixed = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with self._running, torch.inference_mode(), mixed:
             if not self._sees_prompts:
                 return self._forward(batch)
             vectors = torch.empty((len(batch.chunks), self.dim), device=self.model.device, dtype=torch.float32)
@@ -157,10 +166,9 @@ class TorchEncoder:
     def fingerprint(self) -> Mapping[str, Any]:
         """Hashes of weights, tokenizer and module settings, with dtype, dimension and longest row."""
         modules = [[type(module).__name__, _config_of(module)] for module in list(self.model.children())[1:]]
-        if self._weights is None:  # only now: an unsaved job with a large live model never pays for it
-            self._weights = hash_tensors(self.model.state_dict())
         return {
-            "weights": self._weights if self._shows_weights() else self._hash_behaviour(),
+            # A live model's only now, as an unsaved job need not pay for it, and each time: it may have been trained.
+            "weights": self._find_weights(),
             "tokenizer": _tokenizer_hash(self.fast_tokenizer, self._tokenizer),
             "modules": hashlib.sha256(json.dumps(modules, sort_keys=True, default=str).encode()).hexdigest(),
             "dtype": self.dtype,
@@ -253,6 +261,11 @@ class TorchEncoder:
             return dict(self.model.preprocess([_PROBE], prompt=self.prompt or None, **self._told(self.first_task)))
         except Exception as error:
             raise _no_vector(self.name, error) from error
+
+    def _find_weights(self) -> str:
+        if not self._shows_weights():
+            return self._hash_behaviour()
+        return self._weights or hash_tensors(self.model.state_dict())
 
     def _shows_weights(self) -> bool:
         """Whether tensors are all that the first module computes with.

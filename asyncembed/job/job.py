@@ -20,6 +20,7 @@ from asyncembed.encoders import Encoder
 from asyncembed.engine import Engine, EngineHost
 from asyncembed.errors import StoreError
 from asyncembed.intake import Submission
+from asyncembed.job.agreement import LOOKED_AT, RUN_BY_US, check_folder
 from asyncembed.job.delivery import Delivery
 from asyncembed.job.intake import Intake
 from asyncembed.job.loading import load_all
@@ -207,6 +208,10 @@ class Job:
                 encoder, chunker, fingerprint = await self._load(recorded)
             made_with = await self._model_thread.run(encoder.made_with)  # it looks up versions on disk
             await self._store.claim(fingerprint, made_with)
+            if self._parts.host is None and encoder.backend in RUN_BY_US:
+                stored = await self._store.some(LOOKED_AT)
+                root = str(self._store.path)
+                await self._model_thread.run(check_folder, root, encoder, chunker.prompt, stored)
             await self._run_stages(encoder, chunker)
             complete = True
         finally:

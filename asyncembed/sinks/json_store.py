@@ -129,6 +129,11 @@ class JsonStore:
         self._require_open()
         return await self._in_thread(self._writer.read_many, ids)
 
+    async def some(self, n_texts: int) -> list[StoredText]:
+        """A few texts of earlier runs, at random from those that the folder lists first, of those that are right."""
+        self._require_open()
+        return await self._in_thread(self._writer.some, n_texts)
+
     async def commit(self, records: Sequence[EmbeddedText]) -> None:
         """Save a micro-batch in one hop.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from asyncembed.errors import CorruptRecordError, StoreError
-from asyncembed.sinks.checking import Fault, FolderCheck
+from asyncembed.sinks.checking import Fault
 from asyncembed.sinks.digests import DigestSet
 from asyncembed.sinks.entries import FAILED, completed_line, keys_of, parse
 from asyncembed.sinks.folder import StorePaths, record_ids, remove, storage_errors
@@ -68,8 +68,8 @@ def are_all_known(paths: StorePaths) -> bool:
         return state.intact or is_readable(paths.index)
 
 
-def remove_damaged(paths: StorePaths, check: FolderCheck) -> Iterator[Fault]:
-    """Check the folder, and remove each file that the next run had better make anew; the index forgets it.
+def remove_damaged(paths: StorePaths, faults: Iterable[Fault]) -> Iterator[Fault]:
+    """Remove each file, as its fault is found, that the next run had better make anew; the index forgets it.
 
     Raises:
         StoreLockedError: A job is writing to the folder.
@@ -80,7 +80,7 @@ def remove_damaged(paths: StorePaths, check: FolderCheck) -> Iterator[Fault]:
     try:
         lock.acquire()
         n_removed = 0
-        for fault in check.faults():
+        for fault in faults:
             if fault.removable:
                 with storage_errors(fault.path):
                     remove(fault.path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import compress
 
 from asyncembed.errors import CorruptRecordError, StoreError, StoreMismatchError
@@ -16,6 +18,7 @@ from asyncembed.sinks.folder import (
     StorePaths,
     append_lines,
     make_folders,
+    record_ids,
     remove,
     storage_errors,
     temporary_of,
@@ -26,7 +29,7 @@ from asyncembed.sinks.index import IndexState, index_state, write_index
 from asyncembed.sinks.journal import Journal, journal_header
 from asyncembed.sinks.keys import KnownKeys, Pair
 from asyncembed.sinks.lock import FolderLock
-from asyncembed.sinks.origin import check_origin, check_orphans, check_ours
+from asyncembed.sinks.origin import check_origin, check_orphans, check_ours, is_of
 from asyncembed.sinks.placing import RecordFiles
 from asyncembed.sinks.record_file import StoredText, encode_record, read_record
 from asyncembed.sinks.recovery import listed_ids, repair, salvage_index
@@ -145,6 +148,17 @@ class FolderWriter:
     def read_many(self, ids: Sequence[str]) -> list[StoredText | CorruptRecordError]:
         """The stored texts, each checked; an error in the place of one that is damaged or gone."""
         return [self._read(identity) for identity in ids]
+
+    def some(self, n_texts: int) -> list[StoredText]:
+        """A few texts of earlier runs, at random from those that the folder lists first, of those that are right."""
+        listed = next(record_ids(self.paths), []) if self.done else []
+        found: list[StoredText] = []
+        for identity in random.sample(listed, min(n_texts, len(listed))):
+            with suppress(OSError, CorruptRecordError):
+                stored = read_record(identity, self.paths.record(identity))
+                if self.header is None or is_of(stored, self.header):
+                    found.append(stored)
+        return found
 
     def commit(self, records: Sequence[EmbeddedText]) -> None:
         """Save a micro-batch: each file whole, then one append to the journal.
