@@ -17,7 +17,7 @@ import numpy as np
 
 from asyncembed.encoders.base import Tokenized, Tokenizer
 from asyncembed.errors import OptionsError
-from asyncembed.options import LongTexts
+from asyncembed.options import Blanks, LongTexts
 from asyncembed.records import Chunk
 from asyncembed.splitting import (
     SECTION_CHARS,
@@ -32,6 +32,8 @@ from asyncembed.splitting import (
 from asyncembed.wording import plural
 
 __all__ = ["ChunkedText", "Chunker", "TokenCounter"]
+
+NO_TOKENS = "the text has no tokens"
 
 _PROBE_TEXT = "One sentence, and another one. A line\nand a paragraph\n\n" * 60
 
@@ -62,9 +64,12 @@ class Chunker:
         tokenizer: A tokenizer that only that thread uses.
         max_tokens: Most tokens of a row, special tokens and prompt included.
         prompt: Put before every chunk.
+        task: What the model is told besides: its chunks go by it.
         chunk_size: Most tokens of a chunk without special tokens and prompt; None takes what the model takes.
         chunk_overlap: Tokens that neighbouring chunks share.
         long_texts: What becomes of a text longer than a chunk.
+        blanks: What becomes of a text without tokens: an `error`, or `encode` makes the chunk of special tokens and
+            prompt alone that the model's own `encode` takes; its weight is 0 tokens.
         splitter: Splits long texts; None makes a `RecursiveCharacterTextSplitter` at the first of them. One whose
             `length_function` is this chunker's `count` is asked only for texts longer than its own chunk size; any
             other is asked for every text.
@@ -80,9 +85,11 @@ class Chunker:
         max_tokens: int,
         *,
         prompt: str = "",
+        task: str | None = None,
         chunk_size: int | None = None,
         chunk_overlap: int = 0,
         long_texts: LongTexts = "average",
+        blanks: Blanks = "error",
         splitter: TextSplitter | None = None,
     ) -> None:
         self._tokenizer = tokenizer
@@ -91,7 +98,7 @@ class Chunker:
         self._n_special = bare.n_prefix + bare.n_suffix
         self._n_prompt = probe.n_content - bare.n_content
         self._n_prompt_unknown = probe.n_unknown - bare.n_unknown
-        self.prompt = prompt
+        self.prompt, self.task, self.blanks = prompt, task, blanks
         room = max_tokens - self._n_special - self._n_prompt
         if room < 1:
             raise OptionsError(
@@ -174,27 +181,34 @@ class Chunker:
         if self._n_prompt and n_tokens <= 0 < self.count(text):
             n_tokens = 1  # the prompt's last letters and the text make one token
         if not text.strip() or (n_tokens <= 0 and not found.n_unknown):
-            return ChunkedText(error="the text has no tokens")
+            return self._chunk_blank(owner, text, priority, found)
         if found.n_unknown >= n_tokens:
             return _all_unknown(found.n_unknown, n_tokens if n_tokens > 0 else None)
         if n_tokens <= self._fits and not self._ask_always:
-            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority, self.prompt)
+            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority, self.prompt, self.task)
             return ChunkedText((chunk,), n_tokens, unknown_tokens=found.n_unknown)
         if self.long_texts == "average":
             return self._split(owner, text, priority)
         if n_tokens <= self.chunk_size:
-            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority, self.prompt)
+            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority, self.prompt, self.task)
             return ChunkedText((chunk,), n_tokens, unknown_tokens=found.n_unknown)
         if self.long_texts == "error":
             return ChunkedText(error=f"the text has {n_tokens} tokens; a chunk takes {self.chunk_size}")
         return self._truncate(owner, text, priority, found)
+
+    def _chunk_blank(self, owner: int, text: str, priority: int, found: Tokenized) -> ChunkedText:
+        if self.blanks == "error" or not len(found.ids):
+            return ChunkedText(error=NO_TOKENS)
+        if found.n_content - self._n_prompt > self.chunk_size:  # blanks are tokens to some
+            found = found._replace(ids=self._truncate(owner, text, priority, found).chunks[0].ids)
+        return ChunkedText((Chunk(owner, 0, text, 0, found.ids, 0, priority, self.prompt, self.task),))
 
     def _chunk_very_long(self, owner: int, text: str, priority: int) -> ChunkedText:
         """A text that is tokenised in sections, never as a whole."""
         try:
             n_unknown = self._count_if_unknown(text)
             if n_unknown == 0:
-                return ChunkedText(error="the text has no tokens")
+                return self._chunk_blank(owner, text, priority, self._tokenize_prompted([""])[0])
             if n_unknown is not None:
                 return _all_unknown(n_unknown)
             if self.long_texts == "average":
@@ -232,7 +246,7 @@ class Chunker:
         suffix = found.ids[len(found.ids) - found.n_suffix :]
         ids = np.concatenate((found.ids[:keep], suffix))
         dropped = found.n_content - self._n_prompt - self.chunk_size
-        chunk = Chunk(owner, 0, text, 0, ids, self.chunk_size, priority, self.prompt)
+        chunk = Chunk(owner, 0, text, 0, ids, self.chunk_size, priority, self.prompt, self.task)
         return ChunkedText((chunk,), self.chunk_size, dropped, found.n_unknown)
 
     def _split(self, owner: int, text: str, priority: int) -> ChunkedText:
@@ -259,7 +273,7 @@ class Chunker:
                 if n_tokens > 0:
                     unknown += found.n_unknown
                     place = (owner, len(chunks), part, start + offset)
-                    chunks.append(Chunk(*place, found.ids, n_tokens, priority, self.prompt))
+                    chunks.append(Chunk(*place, found.ids, n_tokens, priority, self.prompt, self.task))
         n_tokens = sum(chunk.n_tokens for chunk in chunks)
         if not chunks:
             return ChunkedText(error="the splitter left nothing of the text")

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.encoders.failures import FailureKind
-from asyncembed.errors import ModelError
+from asyncembed.errors import KilledBeforeError, ModelError
 from asyncembed.heap import ChunkHeap
 from asyncembed.records import Batch, Chunk
 from asyncembed.runner import ModelRunner, Outcome
@@ -292,6 +292,9 @@ class Consumer:
                 return
             self._second_chance.discard(chunk)
             self._on_failed(chunk, f"a chunk of {plural(chunk.length, 'token')} does not fit into memory even alone")
+            return
+        if isinstance(error, KilledBeforeError):  # says nothing about the model
+            self._on_failed(chunk, str(error))
             return
         self._on_failed(chunk, f"the model failed on it: {type(error).__name__}: {error}")
         self._failed_in_a_row += 1

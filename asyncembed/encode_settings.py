@@ -7,7 +7,7 @@ from typing import Any
 
 from asyncembed.errors import OptionsError
 
-_TO_OPTIONS = ("device", "batch_size", "normalize_embeddings", "prompt", "prompt_name", "truncate_dim")
+_TO_OPTIONS = ("device", "batch_size", "normalize_embeddings", "prompt", "prompt_name", "truncate_dim", "task")
 _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     # Arguments of `encode` that change nothing here, with the values that say so.
     "output_value": ("sentence_embedding",),

@@ -84,6 +84,16 @@ class TextError(AsyncEmbedError):
         self.reason = reason
 
 
+class KilledBeforeError(AsyncEmbedError):
+    """A chunk is not tried: two runs on this machine were killed while it was all that ran."""
+
+    def __init__(self, n_tokens: int) -> None:
+        super().__init__(
+            f"two runs were killed while a chunk of {n_tokens} tokens of it ran alone, most likely for lack of memory; "
+            "it is tried again with another chunk_size, with a token_limit of your own, or with more memory"
+        )
+
+
 class OverloadedError(AsyncEmbedError):
     """There is no room for a request now, and it was not to wait.
 

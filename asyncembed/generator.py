@@ -14,7 +14,7 @@ from asyncembed.assembly import Assembler
 from asyncembed.chunking import TokenCounter
 from asyncembed.consumer import LimitEstimator
 from asyncembed.encode_settings import options_of
-from asyncembed.encoders import Encoder, FloatMatrix
+from asyncembed.encoders import Encoder, FloatMatrix, input_of, instruction_of
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
 from asyncembed.loop_thread import LoopThread
 from asyncembed.memory import MemoryBudget
@@ -101,7 +101,9 @@ class EmbeddingGenerator:
     def token_counter(self) -> Callable[[str], int]:
         """Text → tokens, without special tokens; for the `length_function` of a splitter. Loads the model."""
         if self._token_counter is None:
-            self._token_counter = TokenCounter(self._encoder().tokenizer())
+            encoder = self._encoder()
+            tokenizer, _ = input_of(encoder, instruction_of(encoder, self._options).task)
+            self._token_counter = TokenCounter(tokenizer)
         return self._token_counter
 
     @token_counter.setter
@@ -270,7 +272,7 @@ class EmbeddingGenerator:
         return replace(self._options, max_memory_usage=self.max_memory_usage)
 
     def _stream(self, source: Iterable[Any]) -> EmbedStream:
-        options = replace(self._run_options(), model=self._encoder(), prompt_name=None)
+        options = replace(self._run_options(), model=self._encoder())
         before = self.progress_bar.n
 
         def advance() -> None:  # called only while the job runs: `stream`, which is made of it, is there by then

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from asyncembed.assembly import Assembled
+from asyncembed.encoders import Instruction
 from asyncembed.records import AnyText
 
 Sink = Callable[[Assembled], None]
@@ -19,14 +20,14 @@ class Submission(NamedTuple):
         text: The text, or its token ids where the lane chunks those.
         sink: Called on the event loop with what became of it.
         priority: Class of urgency; lower is sooner.
-        prompt: Put before every chunk, where the lane chunks by prompt.
+        instruction: What the model is told with it, where the lane takes texts with different ones.
     """
 
     owner: int
     text: AnyText
     sink: Sink
     priority: int = 0
-    prompt: str = ""
+    instruction: Instruction = Instruction()
 
 
 class Intake:

@@ -51,6 +51,7 @@ class ChunkingStatistics:
     """Totals since the start; tokens without prompt and special tokens."""
 
     dropped_tokens: int = 0
+    truncated_texts: int = 0
     unknown_tokens: int = 0
 
 
@@ -309,6 +310,7 @@ class Lane:
                 self._hand_over(Assembled(item.owner, None, error=result.error))
                 continue
             self.chunking.dropped_tokens += result.dropped_tokens
+            self.chunking.truncated_texts += result.dropped_tokens > 0
             self._assembler.expect(item.owner, len(result.chunks))
             chunks = result.chunks
             if current.priority != item.priority:

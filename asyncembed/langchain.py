@@ -11,7 +11,7 @@ from typing import Any
 from langchain_core.embeddings import Embeddings
 
 from asyncembed.embedder import AsyncEmbedder, Kind
-from asyncembed.embedder.settings import check_texts
+from asyncembed.embedder.settings import How, HowOptions, check_texts
 from asyncembed.embedder_thread import EmbedderThread
 from asyncembed.errors import AsyncEmbedError, ClosedError, TextTypeError
 from asyncembed.options import DEFAULT_MODEL
@@ -24,17 +24,33 @@ class AsyncEmbedEmbeddings(Embeddings):
     Given an open embedder, it uses that one, and leaves it open. Given a model, it opens an embedder of its own at the
     first call, on a loop in a thread of its own; `close` ends it, as does leaving a `with` block.
 
-    Queries are embedded with the model's prompt for queries, documents with the one for documents.
+    Queries are embedded with the model's prompt for queries, documents with the one for documents. A text without
+    tokens, such as a blank page, gets the vector that the model's `encode` gives it.
 
     Args:
         model: An open `AsyncEmbedder`; or a name, a path, a `SentenceTransformer`, or an `Encoder`.
+        query_prompt: Put before queries, whatever prompts model and embedder have.
+        document_prompt: The same for documents.
         **options: The options of an `AsyncEmbedder` of its own.
 
     Raises:
         TypeError: Options were given for an embedder that is there already.
     """
 
-    def __init__(self, model: Any = DEFAULT_MODEL, **options: Any) -> None:
+    def __init__(
+        self,
+        model: Any = DEFAULT_MODEL,
+        *,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+        **options: Any,
+    ) -> None:
+        self._how: dict[Kind, HowOptions] = {
+            "query": {"kind": "query", "prompt": query_prompt, "blanks": "encode"},
+            "document": {"kind": "document", "prompt": document_prompt, "blanks": "encode"},
+        }
+        for how in self._how.values():
+            How(**how)  # refuses what is no text
         if isinstance(model, AsyncEmbedder) and options:
             raise TypeError(f"the embedder has its options already: {', '.join(options)} cannot be given again")
         self._given = model if isinstance(model, AsyncEmbedder) else None
@@ -77,14 +93,14 @@ class AsyncEmbedEmbeddings(Embeddings):
         """A list of floats for each text. Cancelled, the work is dropped."""
         documents = _documents(texts)
         embedder = await self._opened()
-        rows: list[list[float]] = (await embedder.embed_document(documents)).tolist()
+        rows: list[list[float]] = (await embedder.embed(documents, **self._how["document"])).tolist()
         return rows
 
     async def aembed_query(self, text: str) -> list[float]:
         """A list of floats. Cancelled, the work is dropped."""
         query = _query(text)
         embedder = await self._opened()
-        row: list[float] = (await embedder.embed_query(query)).tolist()
+        row: list[float] = (await embedder.embed(query, **self._how["query"])).tolist()
         return row
 
     async def _opened(self) -> AsyncEmbedder:
@@ -108,7 +124,7 @@ class AsyncEmbedEmbeddings(Embeddings):
             raise AsyncEmbedError(
                 f"embed_{name} would block the event loop that has to answer it; await aembed_{name} there"
             )
-        return embedder.embed_threadsafe(texts, kind=kind).result()
+        return embedder.embed_threadsafe(texts, **self._how[kind]).result()
 
 
 def _documents(texts: object) -> list[str]:

@@ -22,6 +22,7 @@ MODEL_OPTIONS = ("device", "backend", "dtype", "batch_size", "token_limit", "tru
 Backend = Literal["auto", "torch", "openvino"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 LongTexts = Literal["average", "truncate", "error"]
+Blanks = Literal["error", "encode"]
 OnError = Literal["continue", "raise"]
 OnBadRow = Literal["stop", "skip"]
 Durability = Literal["process", "power"]
@@ -78,6 +79,7 @@ class EmbedOptions:
         long_texts: What becomes of a text longer than a chunk: `average` of its chunks, `truncate`, or `error`.
         prompt: Put before every chunk; wins over `prompt_name`.
         prompt_name: Name of one of the model's own prompts.
+        task: Which of its routes or adapters a model that has several takes, as `encode(task=…)` does.
         normalize_embeddings: Scale every vector to length 1.
         truncate_dim: Keep only the first dimensions of each vector.
         ordered: Yield results in the order of the input.
@@ -105,6 +107,7 @@ class EmbedOptions:
     long_texts: LongTexts = "average"
     prompt: str | None = None
     prompt_name: str | None = None
+    task: str | None = None
     normalize_embeddings: bool = False
     truncate_dim: int | None = None
     ordered: bool = False
@@ -140,7 +143,7 @@ class EmbedOptions:
             raise OptionsError(f"save_path={self.save_path!r} must be a folder, or None to write nothing")
         if self.save_path is not None and not os.fspath(self.save_path):
             raise OptionsError("save_path is empty; name a folder, or None to write nothing")
-        for name in ("prompt", "prompt_name", "column"):
+        for name in ("prompt", "prompt_name", "task", "column"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise OptionsError(f"{name}={getattr(self, name)!r} must be text, or None")
         self.max_memory_bytes  # noqa: B018  # refuses what is no amount of memory now, not mid-run

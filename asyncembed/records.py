@@ -119,6 +119,7 @@ class Chunk:
         n_tokens: Tokens without prompt and special tokens: the chunk's weight in the average.
         priority: Class of urgency; lower is sooner.
         prompt: What stands before the piece in `ids`.
+        task: Which of its routes or adapters the model takes; None for its default.
     """
 
     owner: int
@@ -129,6 +130,7 @@ class Chunk:
     n_tokens: int
     priority: int = 0
     prompt: str = ""
+    task: str | None = None
 
     @property
     def length(self) -> int:

@@ -89,6 +89,9 @@ ENTRIES: dict[str, _Entry] = {
     "chunk_overlap": _Entry(TEXTS, "Tokens that neighbouring chunks of a text share.", metavar="TOKENS"),
     "prompt": _Entry(TEXTS, "Put before every chunk.", metavar="TEXT"),
     "prompt_name": _Entry(TEXTS, "Name of one of the model's own prompts.", metavar="NAME"),
+    "task": _Entry(
+        TEXTS, "Which of its routes or adapters a model that has several takes: query, document, ….", metavar="NAME"
+    ),
     "normalize_embeddings": _Entry(TEXTS, "Scale every vector to length 1."),
     "truncate_dim": _Entry(TEXTS, "Keep only the first dimensions of a vector.", metavar="N"),
     "max_memory_usage": _Entry(

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple
 
+from asyncembed.encoders import Instruction
 from asyncembed.records import AnyText, FloatVector
 
 ENTRY_OVERHEAD = 400
 """Python objects of one entry besides text and vector, in bytes."""
 
-Key = tuple[str, AnyText]
-"""Prompt and text."""
+Key = tuple[Instruction, AnyText]
+"""What the model is told, and the text."""
 
 
 class Answer(NamedTuple):
@@ -29,7 +30,7 @@ class Answer(NamedTuple):
 
 
 class AnswerCache:
-    """The answers used last, by prompt and text.
+    """The answers used last, by instruction and text.
 
     Args:
         max_bytes: Most bytes of texts and vectors; 0 keeps nothing.
@@ -69,7 +70,8 @@ class AnswerCache:
 
 
 def _size(key: Key, answer: Answer) -> int:
-    n_bytes = sum(map(_text_bytes, key))
+    (prompt, task, _), text = key
+    n_bytes = _text_bytes(prompt) + _text_bytes(task or "") + _text_bytes(text)
     return ENTRY_OVERHEAD + n_bytes + (answer.embedding.nbytes if answer.embedding is not None else 0)
 
 

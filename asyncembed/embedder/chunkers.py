@@ -1,4 +1,4 @@
-"""A chunker for each prompt, made in the tokenizer's thread when the prompt is first used."""
+"""A chunker for each prompt and task, made in the tokenizer's thread when they are first used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 
 from asyncembed.chunking import ChunkedText, Chunker
 from asyncembed.embedder.given_ids import IdChunker
-from asyncembed.encoders import Encoder, Tokenized, Tokenizer, default_chunk_size
+from asyncembed.encoders import (
+    Encoder,
+    Instruction,
+    Tokenized,
+    Tokenizer,
+    default_chunk_size,
+    input_of,
+    prompt_of,
+    task_of,
+)
 from asyncembed.errors import ClosedError, OptionsError
 from asyncembed.intake import Submission
 from asyncembed.options import EmbedOptions
@@ -16,39 +25,44 @@ KEPT_CHUNKERS = 32
 """Chunkers kept: one is made in a fraction of a millisecond, but counts tokens from memory only when it is kept."""
 
 
-class PromptChunkers:
-    """Turns texts with prompts of their own into chunks. Used by one thread.
+class InstructionChunkers:
+    """Turns texts with instructions of their own into chunks. Used by one thread.
 
     Args:
         encoder: The model.
-        options: `chunk_size`, `chunk_overlap` and `long_texts` are read.
-        tokenizer: A tokenizer that only that thread uses.
+        options: `prompt`, `prompt_name`, `task`, `chunk_size`, `chunk_overlap` and `long_texts` are read.
+        wrap: Makes of a tokenizer the one that is used.
     """
 
-    def __init__(self, encoder: Encoder, options: EmbedOptions, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, encoder: Encoder, options: EmbedOptions, wrap: Callable[[Tokenizer], Tokenizer] | None = None
+    ) -> None:
         self._encoder = encoder
         self._options = options
-        self._tokenizer = tokenizer
-        self._chunkers: OrderedDict[str, Chunker] = OrderedDict()
-        self.chunk_size = self._chunker(encoder.prompt).chunk_size
+        self._wrap = wrap
+        self._inputs: dict[str | None, tuple[Tokenizer, int]] = {}
+        self._chunkers: OrderedDict[Instruction, Chunker] = OrderedDict()
+        prompt = prompt_of(encoder, options.prompt, options.prompt_name)
+        task = getattr(encoder, "first_task", None) if options.task is None else task_of(encoder, options.task)
+        self.chunk_size = self._chunker(Instruction(prompt, task)).chunk_size
 
     def __call__(self, submissions: Sequence[Submission]) -> list[ChunkedText]:
-        """Chunks of the texts: one result each, in order. A prompt that leaves no room fails its texts."""
-        if len({item.prompt for item in submissions}) == 1:
-            return self._chunk(submissions[0].prompt, submissions)
-        groups: dict[str, list[int]] = {}
+        """Chunks of the texts: one result each, in order. An instruction that leaves no room fails its texts."""
+        if len({item.instruction for item in submissions}) == 1:
+            return self._chunk(submissions[0].instruction, submissions)
+        groups: dict[Instruction, list[int]] = {}
         for position, item in enumerate(submissions):
-            groups.setdefault(item.prompt, []).append(position)
+            groups.setdefault(item.instruction, []).append(position)
         results: list[ChunkedText] = [ChunkedText()] * len(submissions)
-        for prompt, positions in groups.items():
-            found = self._chunk(prompt, [submissions[position] for position in positions])
+        for instruction, positions in groups.items():
+            found = self._chunk(instruction, [submissions[position] for position in positions])
             for position, result in zip(positions, found, strict=True):
                 results[position] = result
         return results
 
-    def _chunk(self, prompt: str, submissions: Sequence[Submission]) -> list[ChunkedText]:
+    def _chunk(self, instruction: Instruction, submissions: Sequence[Submission]) -> list[ChunkedText]:
         try:
-            chunker = self._chunker(prompt)
+            chunker = self._chunker(instruction)
         except MemoryError:
             raise
         except Exception as error:
@@ -58,27 +72,37 @@ class PromptChunkers:
         found = iter(chunker.chunk(texts) if texts else [])
         if len(texts) == len(submissions):
             return list(found)
-        rows = IdChunker(self._tokenizer, self._encoder.max_tokens, chunker)
+        rows = IdChunker(*self._input(instruction.task), chunker)
         return [
             next(found) if isinstance(item.text, str) else rows.chunk(item.owner, item.text, item.priority)
             for item in submissions
         ]
 
-    def _chunker(self, prompt: str) -> Chunker:
-        chunker = self._chunkers.get(prompt)
+    def _input(self, task: str | None) -> tuple[Tokenizer, int]:
+        """Tokenizer and longest row of a task."""
+        if task not in self._inputs:
+            tokenizer, max_tokens = input_of(self._encoder, task)
+            self._inputs[task] = (self._wrap(tokenizer) if self._wrap is not None else tokenizer, max_tokens)
+        return self._inputs[task]
+
+    def _chunker(self, instruction: Instruction) -> Chunker:
+        chunker = self._chunkers.get(instruction)
         if chunker is None:
+            tokenizer, max_tokens = self._input(instruction.task)
             chunker = Chunker(
-                self._tokenizer,
-                self._encoder.max_tokens,
-                prompt=prompt,
-                chunk_size=self._options.chunk_size or default_chunk_size(self._encoder),
+                tokenizer,
+                max_tokens,
+                prompt=instruction.prompt,
+                task=instruction.task,
+                chunk_size=self._options.chunk_size or default_chunk_size(self._encoder, max_tokens),
                 chunk_overlap=self._options.chunk_overlap,
                 long_texts=self._options.long_texts,
+                blanks=instruction.blanks,
             )
-            self._chunkers[prompt] = chunker
+            self._chunkers[instruction] = chunker
             if len(self._chunkers) > KEPT_CHUNKERS:
                 self._chunkers.popitem(last=False)
-        self._chunkers.move_to_end(prompt)
+        self._chunkers.move_to_end(instruction)
         return chunker
 
 
@@ -91,27 +115,29 @@ class LongTextChunkers:
     def __init__(self, encoder: Encoder, options: EmbedOptions) -> None:
         self._encoder = encoder
         self._options = options
-        self._chunkers: PromptChunkers | None = None
-        self._tokenizer: _Abandonable | None = None
+        self._chunkers: InstructionChunkers | None = None
+        self._is_wanted: Callable[[], bool] = _always
 
     def __call__(self, item: Submission, is_wanted: Callable[[], bool]) -> ChunkedText:
         """Chunks of the text; of one that is given up no more than an error, which nobody is told."""
-        if self._chunkers is None or self._tokenizer is None:
-            self._tokenizer = _Abandonable(self._encoder.tokenizer())
-            self._chunkers = PromptChunkers(self._encoder, self._options, self._tokenizer)
-        self._tokenizer.is_wanted = is_wanted
+        if self._chunkers is None:
+            self._chunkers = InstructionChunkers(self._encoder, self._options, self._abandonable)
+        self._is_wanted = is_wanted
         try:
             return self._chunkers([item])[0]
         finally:
-            self._tokenizer.is_wanted = _always
+            self._is_wanted = _always
+
+    def _abandonable(self, tokenizer: Tokenizer) -> Tokenizer:
+        return _Abandonable(tokenizer, lambda: self._is_wanted())
 
 
 class _Abandonable:
     """A tokenizer that refuses to go on when nobody waits for what it does."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, is_wanted: Callable[[], bool]) -> None:
         self._tokenizer = tokenizer
-        self.is_wanted: Callable[[], bool] = _always
+        self._is_wanted = is_wanted
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
         self._check()
@@ -122,7 +148,7 @@ class _Abandonable:
         return self._tokenizer.spans(text)
 
     def _check(self) -> None:
-        if not self.is_wanted():
+        if not self._is_wanted():
             raise ClosedError("nobody waits for this text any more")
 
 

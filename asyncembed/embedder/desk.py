@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,11 +13,12 @@ import numpy as np
 from asyncembed.admission import AdmissionQueue, life_bytes, token_life_bytes
 from asyncembed.assembly import Assembled
 from asyncembed.embedder.cache import Answer, AnswerCache, Key
-from asyncembed.encoders import FloatMatrix
+from asyncembed.encoders import FloatMatrix, Instruction
 from asyncembed.errors import OverloadedError, TextError
 from asyncembed.intake import Submission
 from asyncembed.lane import INTERACTIVE, Lane
 from asyncembed.records import AnyText
+from asyncembed.splitting import SECTION_CHARS
 from asyncembed.wording import plural
 
 
@@ -25,9 +27,10 @@ class Request:
 
     Args:
         texts: What to embed.
-        prompt: Put before each.
+        instruction: What the model is told with each.
         priority: Class of urgency.
         dim: Dimensions of a vector.
+        takes_blanks: Whether a text without tokens gets what `encode` gives it; if not, it fails.
         keep_errors: Whether a text that fails is kept in `errors`; if not, it fails the request.
         shape: What the caller gets, made of the request when all is there.
     """
@@ -35,21 +38,23 @@ class Request:
     def __init__(
         self,
         texts: Sequence[AnyText],
-        prompt: str,
+        instruction: Instruction,
         priority: int,
         dim: int,
         *,
+        takes_blanks: bool,
         keep_errors: bool,
         shape: Callable[[Request], Any],
     ) -> None:
         self.texts = texts
-        self.prompt = prompt
+        self.instruction = instruction
         self.priority = priority
         self.vectors: FloatMatrix = np.empty((len(texts), dim), np.float32)
         self.n_tokens = [0] * len(texts)
         self.errors: dict[int, str] = {}
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.open: dict[int, tuple[_Work, int]] = {}
+        self.takes_blanks = takes_blanks
         self._keep_errors = keep_errors
         self._shape = shape
         self._missing = len(texts)
@@ -228,7 +233,10 @@ class Desk:
     def _add(self, request: Request, index: int, n_bytes: int) -> None:
         """A text that has room: answered from the cache, joined to one under way, or new."""
         self.n_texts += 1
-        key = (request.prompt, request.texts[index])
+        text, told = request.texts[index], request.instruction
+        if request.takes_blanks and _may_be_blank(text):  # all others share their work with those who take no blanks
+            told = told._replace(blanks="encode")
+        key = (told, text)
         known = self.cache.get(key)
         if known is not None:
             self._queue(request).release(n_bytes)
@@ -238,7 +246,7 @@ class Desk:
         if work is None:
             work = self._works[key] = _Work(key, self._lane.new_owner(), request.priority)
             sink = partial(self._computed, work)
-            self._new.append(Submission(work.owner, key[1], sink, request.priority, request.prompt))
+            self._new.append(Submission(work.owner, text, sink, request.priority, told))
         elif request.priority < work.priority:
             work.priority = request.priority
             self.submit()
@@ -264,6 +272,13 @@ class Desk:
     def _release(self, request: Request, index: int) -> None:
         _, n_bytes = request.open.pop(index)
         self._queue(request).release(n_bytes)
+
+
+def _may_be_blank(text: AnyText) -> bool:
+    """Whether a text has nothing but blanks, control characters and marks; a long one: nothing but blanks."""
+    if not isinstance(text, str) or len(text) > SECTION_CHARS:
+        return isinstance(text, str) and text.isspace()
+    return all(unicodedata.category(character)[0] in "ZCM" for character in text)
 
 
 async def _next_turn() -> None:

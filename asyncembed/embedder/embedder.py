@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import anyio
 
@@ -14,8 +14,8 @@ from asyncembed.embedder.answers import CountedVectors, counted_of, matrix_of, r
 from asyncembed.embedder.desk import Desk, Request
 from asyncembed.embedder.life import EmbedderLife
 from asyncembed.embedder.settings import (
-    Kind,
-    Priority,
+    How,
+    HowOptions,
     check_deadline,
     check_inputs,
     check_texts,
@@ -23,19 +23,15 @@ from asyncembed.embedder.settings import (
     priority_of,
     sort_texts,
 )
-from asyncembed.encoders import (
-    DOCUMENT_PROMPTS,
-    QUERY_PROMPTS,
-    Encoder,
-    FloatMatrix,
-    first_prompt_of,
-    prompt_of,
-)
+from asyncembed.encoders import FloatMatrix, Kind
 from asyncembed.errors import ClosedError, DeadlineError, OverloadedError
 from asyncembed.memory import available_bytes
 from asyncembed.options import DEFAULT_MODEL, parse_bytes
 from asyncembed.records import AnyText, EmbeddedText, FloatVector
 from asyncembed.wording import plural
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DEFAULT_PENDING_BYTES = 256 * 2**20
 """Room for some 20,000 short texts, or for as many as fit into a quarter of what is free."""
@@ -54,8 +50,11 @@ class AsyncEmbedder(EmbedderLife):
             a short one); half of it is kept for interactive requests. None takes the smaller of 256 MiB and a quarter
             of what is free.
         cache_bytes: What to keep of the vectors used last; 0 keeps none.
+        query_prompt: Put before queries, whatever prompts the model has; None takes the model's own for queries, or, if
+            that is empty, `prompt` or `prompt_name`.
+        document_prompt: The same for documents.
         **options: Options of `EmbedOptions` about model, chunks and vectors: `device`, `backend`, `dtype`,
-            `batch_size`, `token_limit`, `chunk_size`, `chunk_overlap`, `long_texts`, `prompt`, `prompt_name`,
+            `batch_size`, `token_limit`, `chunk_size`, `chunk_overlap`, `long_texts`, `prompt`, `prompt_name`, `task`,
             `normalize_embeddings`, `truncate_dim`, `trust_remote_code`, `allow_pickle`.
 
     Raises:
@@ -68,8 +67,12 @@ class AsyncEmbedder(EmbedderLife):
         *,
         max_pending_bytes: int | str | None = None,
         cache_bytes: int | str = 0,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
         **options: Any,
     ) -> None:
+        How(prompt=query_prompt), How(prompt=document_prompt)  # refuses what is no text
+        self._kind_prompts: dict[Kind, str | None] = {"query": query_prompt, "document": document_prompt}
         if max_pending_bytes is None:
             n_bytes = max(1, min(DEFAULT_PENDING_BYTES, available_bytes() // 4))
         else:
@@ -81,33 +84,13 @@ class AsyncEmbedder(EmbedderLife):
         )
 
     @overload
-    async def embed(
-        self,
-        texts: str,
-        *,
-        prompt: str | None = ...,
-        prompt_name: str | None = ...,
-        priority: Priority = ...,
-        deadline_s: float | None = ...,
-    ) -> FloatVector: ...
+    async def embed(self, texts: str, *, deadline_s: float | None = ..., **how: Unpack[HowOptions]) -> FloatVector: ...
     @overload
     async def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        prompt: str | None = ...,
-        prompt_name: str | None = ...,
-        priority: Priority = ...,
-        deadline_s: float | None = ...,
+        self, texts: Sequence[str], *, deadline_s: float | None = ..., **how: Unpack[HowOptions]
     ) -> FloatMatrix: ...
     async def embed(
-        self,
-        texts: str | Sequence[str],
-        *,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
-        priority: Priority = "interactive",
-        deadline_s: float | None = None,
+        self, texts: str | Sequence[str], *, deadline_s: float | None = None, **how: Unpack[HowOptions]
     ) -> FloatVector | FloatMatrix:
         """Vectors of a text, or of several.
 
@@ -116,8 +99,14 @@ class AsyncEmbedder(EmbedderLife):
 
         Args:
             texts: A text, or a list of them, which may be empty; any other iterable that has an order will do.
+            kind: `"query"` and `"document"` take the model's own prompt of that kind and its route of that name, as
+                `encode_query` and `encode_document` of a `SentenceTransformer` do; `"text"` neither. Where the model's
+                prompt is empty, one that the embedder was given explicitly holds.
             prompt: Put before each; wins over `prompt_name`. None takes the embedder's own.
             prompt_name: Name of one of the model's prompts.
+            task: Which of its routes or adapters the model takes. None takes that of `kind`, or the embedder's own.
+            blanks: What becomes of a text without tokens, such as a blank one: an `"error"`, or `"encode"` gives it the
+                vector that the model's `encode` gives it.
             priority: `"interactive"` (0), `"bulk"` (10), or a whole number from 0 to 100; lower is sooner.
             deadline_s: Seconds after which it is given up.
 
@@ -132,31 +121,24 @@ class AsyncEmbedder(EmbedderLife):
             ModelError: The model or its device cannot go on.
             OptionsError: An argument cannot be.
         """
-        chosen = partial(prompt_of, prompt=prompt, prompt_name=prompt_name)
         shape = vector_of if isinstance(texts, str) else matrix_of
-        found: FloatMatrix = await self._answer(texts, chosen, priority, deadline_s, shape)
+        found: FloatMatrix = await self._answer(texts, How(**how), deadline_s, shape)
         return found
 
     async def embed_query(self, texts: str | Sequence[str], **how: Any) -> FloatVector | FloatMatrix:
-        """`embed` with the model's own prompt for queries, as `SentenceTransformer.encode_query` chooses it."""
-        return await self._embed_as(QUERY_PROMPTS, texts, **how)
+        """`embed` with `kind="query"`: with the model's own prompt and route for queries."""
+        return await self.embed(texts, kind="query", **how)
 
     async def embed_document(self, texts: str | Sequence[str], **how: Any) -> FloatVector | FloatMatrix:
-        """`embed` with the model's own prompt for documents, as `SentenceTransformer.encode_document` chooses it."""
-        return await self._embed_as(DOCUMENT_PROMPTS, texts, **how)
+        """`embed` with `kind="document"`: with the model's own prompt and route for documents."""
+        return await self.embed(texts, kind="document", **how)
 
     async def embed_records(
-        self,
-        texts: Sequence[str],
-        *,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
-        priority: Priority = "interactive",
-        deadline_s: float | None = None,
+        self, texts: Sequence[str], *, deadline_s: float | None = None, **how: Unpack[HowOptions]
     ) -> list[EmbeddedText]:
         """As `embed`, but each text gives a record with its vector and `n_tokens`, or with the reason in `error`.
 
-        So does an item that is no text.
+        So does an item that is no text. The keyword arguments are those of `embed`.
 
         Raises:
             TextTypeError: `texts` is no list.
@@ -165,20 +147,14 @@ class AsyncEmbedder(EmbedderLife):
             ModelError: The model or its device cannot go on.
             OptionsError: An argument cannot be.
         """
-        chosen = partial(prompt_of, prompt=prompt, prompt_name=prompt_name)
         good, faults = sort_texts(texts)
-        found: list[EmbeddedText] = await self._answer(good, chosen, priority, deadline_s, records_of)
+        found: list[EmbeddedText] = await self._answer(good, How(**how), deadline_s, records_of)
         return with_faults(found, faults) if faults else found
 
-    def embed_nowait(
-        self,
-        texts: str | Sequence[str],
-        *,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
-        priority: Priority = "interactive",
-    ) -> asyncio.Future[Any]:
+    def embed_nowait(self, texts: str | Sequence[str], **how: Unpack[HowOptions]) -> asyncio.Future[Any]:
         """As `embed`, but the texts are let in now or not at all: a future of the vectors. Cancel it to drop them.
+
+        The keyword arguments are those of `embed`, without `deadline_s`.
 
         Raises:
             OverloadedError: There is no room for all of them now, or the model is still being loaded.
@@ -187,24 +163,17 @@ class AsyncEmbedder(EmbedderLife):
             OptionsError: An argument cannot be.
         """
         shape = vector_of if isinstance(texts, str) else matrix_of
-        return self._admit_now(check_texts(texts), prompt, prompt_name, priority, shape)
+        return self._admit_now(check_texts(texts), How(**how), shape)
 
     def embed_counted_nowait(
-        self,
-        texts: Sequence[AnyText],
-        *,
-        prompt: str | None = None,
-        prompt_name: str | None = None,
-        priority: Priority = "interactive",
+        self, texts: Sequence[AnyText], **how: Unpack[HowOptions]
     ) -> asyncio.Future[CountedVectors]:
         """As `embed_nowait` of a list, with the tokens of each text; a text may also be given as token ids.
 
         Args:
             texts: Each a `str`, or a `TokenText`: ids of the model's own vocabulary, with or without its special
                 tokens around them. An id that is not in it fails the text.
-            prompt: Put before each; wins over `prompt_name`. None takes the embedder's own.
-            prompt_name: Name of one of the model's prompts.
-            priority: As of `embed`.
+            **how: The keyword arguments of `embed`, without `deadline_s`.
 
         Raises:
             OverloadedError: There is no room for all of them now, or the model is still being loaded.
@@ -212,23 +181,15 @@ class AsyncEmbedder(EmbedderLife):
             ModelError: It is broken.
             OptionsError: An argument cannot be.
         """
-        return self._admit_now(check_inputs(texts), prompt, prompt_name, priority, counted_of)
+        return self._admit_now(check_inputs(texts), How(**how), counted_of)
 
-    def _admit_now(
-        self,
-        texts: Sequence[AnyText],
-        prompt: str | None,
-        prompt_name: str | None,
-        priority: Priority,
-        shape: Callable[[Request], Any],
-    ) -> asyncio.Future[Any]:
-        number = priority_of(priority)
+    def _admit_now(self, texts: Sequence[AnyText], how: How, shape: Callable[[Request], Any]) -> asyncio.Future[Any]:
         self._check_open()
         if asyncio.get_running_loop() is not self._loop and self._loop is not None:
             raise ClosedError("embed_nowait belongs to the event loop of the embedder; embed_threadsafe is for others")
         if self._state == "loading":
             raise OverloadedError("the model is still being loaded; await embed(), which waits for it")
-        request = self._request(texts, prompt_of(self.encoder, prompt, prompt_name), number, shape)
+        request = self._request(texts, how, shape)
         desk = self._open_desk()
         desk.open(request)
         try:
@@ -238,25 +199,19 @@ class AsyncEmbedder(EmbedderLife):
             raise
         return request.future
 
-    def embed_threadsafe(self, texts: str | Sequence[str], *, kind: Kind = "text", **how: Any) -> Future[Any]:
+    def embed_threadsafe(self, texts: str | Sequence[str], **how: Any) -> Future[Any]:
         """`embed` from any thread or event loop: a future of the vectors. Cancelling it cancels the work.
 
         Waiting for its result in the embedder's own loop would be waiting for oneself.
 
         Args:
             texts: A text, or a list of them.
-            kind: `"query"` and `"document"` call `embed_query` and `embed_document` instead.
-            **how: The keyword arguments of that method.
+            **how: The keyword arguments of `embed`.
 
         Raises:
             ClosedError: The embedder is not open.
         """
-        methods: dict[Kind, Callable[..., Any]] = {
-            "text": self.embed,
-            "query": self.embed_query,
-            "document": self.embed_document,
-        }
-        return self._hand_over(partial(methods[kind], texts, **how))
+        return self._hand_over(partial(self.embed, texts, **how))
 
     def is_on_its_loop(self) -> bool:
         """Whether the caller runs on the event loop that the embedder lives on, and must not block it."""
@@ -272,47 +227,24 @@ class AsyncEmbedder(EmbedderLife):
                 raise AssertionError("an open embedder has a loop: this is a bug")
             return asyncio.run_coroutine_threadsafe(call(), self._loop)
 
-    async def _embed_as(
-        self,
-        names: tuple[str, ...],
-        texts: str | Sequence[str],
-        *,
-        prompt: str | None = None,
-        priority: Priority = "interactive",
-        deadline_s: float | None = None,
-    ) -> FloatVector | FloatMatrix:
-        def chosen(encoder: Encoder) -> str:
-            return first_prompt_of(encoder, names) if prompt is None else prompt
-
-        shape = vector_of if isinstance(texts, str) else matrix_of
-        found: FloatMatrix = await self._answer(texts, chosen, priority, deadline_s, shape)
-        return found
-
     async def _answer(
-        self,
-        texts: str | Sequence[str],
-        prompt: Callable[[Encoder], str],
-        priority: Priority,
-        deadline_s: float | None,
-        shape: Callable[[Request], Any],
+        self, texts: str | Sequence[str], how: How, deadline_s: float | None, shape: Callable[[Request], Any]
     ) -> Any:
-        chosen, number = check_texts(texts), priority_of(priority)
+        chosen = check_texts(texts)
         check_deadline(deadline_s)
         if self._loop is not None and asyncio.get_running_loop() is not self._loop:
-            call = partial(self._answer, chosen, prompt, priority, deadline_s, shape)
+            call = partial(self._answer, chosen, how, deadline_s, shape)
             return await asyncio.wrap_future(self._hand_over(call))
         if deadline_s is None:
-            return await self._answer_here(chosen, prompt, number, shape)
+            return await self._answer_here(chosen, how, shape)
         with anyio.move_on_after(deadline_s):
-            return await self._answer_here(chosen, prompt, number, shape)
+            return await self._answer_here(chosen, how, shape)
         raise DeadlineError(f"{plural(len(chosen), 'text')} not embedded within deadline_s={deadline_s}")
 
-    async def _answer_here(
-        self, texts: Sequence[str], prompt: Callable[[Encoder], str], priority: int, shape: Callable[[Request], Any]
-    ) -> Any:
+    async def _answer_here(self, texts: Sequence[str], how: How, shape: Callable[[Request], Any]) -> Any:
         if self._state != "open":
             await self._until_open()
-        request = self._request(texts, prompt(self.encoder), priority, shape)
+        request = self._request(texts, how, shape)
         desk = self._open_desk()
         desk.open(request)
         try:
@@ -321,10 +253,16 @@ class AsyncEmbedder(EmbedderLife):
         finally:
             desk.leave(request)
 
-    def _request(
-        self, texts: Sequence[AnyText], prompt: str, priority: int, shape: Callable[[Request], Any]
-    ) -> Request:
-        return Request(texts, prompt, priority, self.dim, keep_errors=shape is records_of, shape=shape)
+    def _request(self, texts: Sequence[AnyText], how: How, shape: Callable[[Request], Any]) -> Request:
+        return Request(
+            texts,
+            how.instruction(self.encoder, self.options, self._kind_prompts),
+            priority_of(how.priority),
+            self.dim,
+            takes_blanks=how.blanks == "encode",
+            keep_errors=shape is records_of,
+            shape=shape,
+        )
 
     def _open_desk(self) -> Desk:
         if self._desk is None:

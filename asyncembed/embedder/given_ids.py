@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from asyncembed.chunking import ChunkedText, Chunker
+from asyncembed.chunking import NO_TOKENS, ChunkedText, Chunker
 from asyncembed.encoders import IdTokenizer, Tokenizer
 from asyncembed.records import Chunk, TokenIds, TokenText
 from asyncembed.wording import plural
@@ -45,7 +45,7 @@ class IdChunker:
         ids = self._strip(given)
         n_unknown = int(np.count_nonzero(ids == tokenizer.unknown_id)) if tokenizer.unknown_id is not None else 0
         if not len(ids):
-            return ChunkedText(error="the text has no tokens")
+            return ChunkedText(error=NO_TOKENS)
         if n_unknown == len(ids):
             reason = f"the model's vocabulary knows none of the text's {plural(len(ids), 'token')}"
             return ChunkedText(unknown_tokens=n_unknown, error=reason)
@@ -71,7 +71,7 @@ class IdChunker:
     def _row(self, tokenizer: IdTokenizer, place: tuple[int, int], piece: TokenIds, priority: int) -> Chunk:
         ids = np.concatenate((self._prefix, self._prompt, piece, self._suffix)).astype(np.int32, copy=False)
         text = tokenizer.decode(piece.tolist())
-        return Chunk(*place, text, 0, ids, len(piece), priority, self._chunker.prompt)
+        return Chunk(*place, text, 0, ids, len(piece), priority, self._chunker.prompt, self._chunker.task)
 
     def _strip(self, ids: TokenIds) -> TokenIds:
         """Without the special tokens of a whole row, if it has them at both ends."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 import anyio
 
 from asyncembed.assembly import Assembler
-from asyncembed.embedder.chunkers import LongTextChunkers, PromptChunkers
+from asyncembed.embedder.chunkers import InstructionChunkers, LongTextChunkers
 from asyncembed.embedder.desk import Desk
 from asyncembed.embedder.forks import watch
 from asyncembed.embedder.statistics import EmbedderStatistics, State
@@ -162,7 +162,7 @@ class EmbedderLife:
                 self._error = error
             scope.cancel()
 
-    def _open(self, limits: LimitKeeper, chunkers: PromptChunkers) -> tuple[Engine, Lane]:
+    def _open(self, limits: LimitKeeper, chunkers: InstructionChunkers) -> tuple[Engine, Lane]:
         options = self.options
         engine = Engine(
             limits.encoder,
@@ -213,7 +213,7 @@ class EmbedderLife:
 
     def statistics(self) -> EmbedderStatistics:
         """What it did, and what waits."""
-        if self._engine is None or self._desk is None:
+        if self._engine is None or self._lane is None or self._desk is None:
             return EmbedderStatistics(self._state, max_pending_bytes=self._max_bytes)
         engine, desk = self._engine.statistics(), self._desk
         queues = (desk.urgent.statistics(), desk.later.statistics())
@@ -227,6 +227,7 @@ class EmbedderLife:
             max_pending_bytes=self._max_bytes,
             cache_bytes=desk.cache.n_bytes,
             cache_hits=desk.cache.n_hits,
+            truncations=self._lane.chunking.truncated_texts,
             batches=engine.consumer.batches,
             ooms=engine.consumer.ooms,
             row_tokens=engine.consumer.row_tokens,
@@ -268,9 +269,9 @@ class EmbedderLife:
             raise ClosedError(f"the embedder is {'not open' if self._state == 'new' else self._state}: {hint}")
 
 
-def _load(options: EmbedOptions) -> tuple[Encoder, PromptChunkers]:
+def _load(options: EmbedOptions) -> tuple[Encoder, InstructionChunkers]:
     encoder = load_encoder(options)
-    return encoder, PromptChunkers(encoder, options, encoder.tokenizer())
+    return encoder, InstructionChunkers(encoder, options)
 
 
 def _closed() -> AsyncEmbedError:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, get_args
 
+from asyncembed.encoders import KINDS, Encoder, Instruction, Kind, kind_prompt_of, kind_task_of, prompt_of, task_of
 from asyncembed.errors import OptionsError, TextTypeError
 from asyncembed.lane import BULK, INTERACTIVE
-from asyncembed.options import MODEL_OPTIONS, EmbedOptions
+from asyncembed.options import MODEL_OPTIONS, Blanks, EmbedOptions
 from asyncembed.records import AnyText, TokenText
 from asyncembed.wording import kind_of, why_no_text
 
-Kind = Literal["text", "query", "document"]
 Priority = Literal["interactive", "bulk"] | int
 
 REQUEST_OPTIONS = (
@@ -20,6 +21,7 @@ REQUEST_OPTIONS = (
     "long_texts",
     "prompt",
     "prompt_name",
+    "task",
     "normalize_embeddings",
     "truncate_dim",
 )
@@ -39,6 +41,66 @@ def choose_options(model: Any, options: Mapping[str, Any]) -> EmbedOptions:
         if name not in allowed:
             raise OptionsError(f"{name!r} is no option of an AsyncEmbedder; there are {', '.join(allowed)}")
     return EmbedOptions.from_kwargs(model=model, save_path=None, **options)
+
+
+class HowOptions(TypedDict, total=False):
+    """The fields of `How` as keyword arguments."""
+
+    kind: Kind
+    prompt: str | None
+    prompt_name: str | None
+    task: str | None
+    blanks: Blanks
+    priority: Priority
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """How a call wants its texts embedded; `AsyncEmbedder.embed` explains each.
+
+    Raises:
+        OptionsError: One of them cannot be.
+    """
+
+    kind: Kind = "text"
+    prompt: str | None = None
+    prompt_name: str | None = None
+    task: str | None = None
+    blanks: Blanks = "error"
+    priority: Priority = "interactive"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kind", KINDS), ("blanks", get_args(Blanks))):
+            if getattr(self, name) not in allowed:
+                raise OptionsError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}")
+        for name in ("prompt", "prompt_name", "task"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise OptionsError(f"{name}={getattr(self, name)!r} must be text, or None")
+        priority_of(self.priority)
+
+    def instruction(
+        self, encoder: Encoder, options: EmbedOptions, kind_prompts: Mapping[Kind, str | None]
+    ) -> Instruction:
+        """What the model is told with the texts.
+
+        The prompt is the first of: the call's own, the embedder's for the kind, the model's for the kind if it is not
+        empty, the embedder's for all.
+
+        Args:
+            encoder: The model.
+            options: The embedder's.
+            kind_prompts: The embedder's own prompts for queries and for documents.
+
+        Raises:
+            OptionsError: The model has no prompt of that name, or no such task.
+        """
+        given, of_kind = (self.prompt, self.prompt_name), kind_prompts.get(self.kind)
+        if given != (None, None):
+            prompt = prompt_of(encoder, *given)
+        else:
+            prompt = of_kind if of_kind is not None else kind_prompt_of(encoder, self.kind, options)
+        task = kind_task_of(encoder, self.kind, options) if self.task is None else task_of(encoder, self.task)
+        return Instruction(prompt, task)
 
 
 def priority_of(priority: Priority) -> int:

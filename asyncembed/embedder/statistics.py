@@ -20,6 +20,7 @@ class EmbedderStatistics(NamedTuple):
         max_pending_bytes: What they may reserve.
         cache_bytes: What the cache holds.
         cache_hits: Texts answered from it.
+        truncations: Texts that were computed without their end, by `long_texts="truncate"`.
         batches: Batches that ran, those of jobs on the same model included, as in all that follows.
         ooms: Batches that ran out of memory and were run again in parts.
         row_tokens: Tokens of all rows, without padding.
@@ -38,6 +39,7 @@ class EmbedderStatistics(NamedTuple):
     max_pending_bytes: int = 0
     cache_bytes: int = 0
     cache_hits: int = 0
+    truncations: int = 0
     batches: int = 0
     ooms: int = 0
     row_tokens: int = 0

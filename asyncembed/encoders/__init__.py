@@ -3,21 +3,36 @@
 from asyncembed.encoders.base import Encoder, FloatMatrix, IdTokenizer, Tokenized, Tokenizer, default_chunk_size
 from asyncembed.encoders.failures import FailureKind, classify
 from asyncembed.encoders.loading import check_dim, load_encoder
-from asyncembed.encoders.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, first_prompt_of, prompt_of
+from asyncembed.encoders.prompts import (
+    KINDS,
+    Instruction,
+    Kind,
+    input_of,
+    instruction_of,
+    kind_prompt_of,
+    kind_task_of,
+    prompt_of,
+    task_of,
+)
 
 __all__ = [
-    "DOCUMENT_PROMPTS",
-    "QUERY_PROMPTS",
+    "KINDS",
     "Encoder",
     "FailureKind",
     "FloatMatrix",
     "IdTokenizer",
+    "Instruction",
+    "Kind",
     "Tokenized",
     "Tokenizer",
     "check_dim",
     "classify",
     "default_chunk_size",
-    "first_prompt_of",
+    "input_of",
+    "instruction_of",
+    "kind_prompt_of",
+    "kind_task_of",
     "load_encoder",
     "prompt_of",
+    "task_of",
 ]

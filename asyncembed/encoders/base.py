@@ -69,10 +69,10 @@ class IdTokenizer(Tokenizer, Protocol):
         ...
 
 
-def default_chunk_size(encoder: Encoder) -> int | None:
-    """Tokens of a chunk where none are asked for; None for all that a row takes."""
+def default_chunk_size(encoder: Encoder, max_tokens: int) -> int | None:
+    """Tokens of a chunk where none are asked for and a row takes `max_tokens`; None for all of these."""
     size: int | None = getattr(encoder, "default_chunk_size", None)
-    return size
+    return size if max_tokens >= UNLIMITED_TOKENS else None
 
 
 @runtime_checkable

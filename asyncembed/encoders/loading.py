@@ -64,7 +64,7 @@ def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
     """
     encoder = _load(options, dtype)
     check_dim(encoder, options)
-    size = default_chunk_size(encoder)
+    size = default_chunk_size(encoder, encoder.max_tokens)
     if size is not None and options.chunk_size is None:
         logger.warning("the model %s names no limit: longer texts are cut into chunks of %d tokens", encoder.name, size)
     return encoder
@@ -87,8 +87,6 @@ def _load(options: EmbedOptions, dtype: str | None) -> Encoder:
     if isinstance(model, (str, os.PathLike)):
         return _load_by_name(model, options, dtype)
     if isinstance(model, Encoder):
-        if options.prompt_name is not None:
-            raise OptionsError("prompt_name names a prompt of a SentenceTransformer; this encoder has none")
         return model
     check_live(model)
     if hasattr(model, "encode") and hasattr(model, "preprocess"):

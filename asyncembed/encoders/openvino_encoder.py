@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
-from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, FloatMatrix, Tokenizer
+from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, FloatMatrix, Tokenizer
 from asyncembed.encoders.graph_cache import CachedGraph
 from asyncembed.encoders.tokenizers import FastTokenizer
 from asyncembed.records import Batch
@@ -50,7 +50,7 @@ class OpenVinoEncoder:
         self._facts = graph.facts
         self.dim = graph.facts.dim
         self.max_tokens = graph.facts.max_tokens
-        self.default_chunk_size = CHUNK_OF_UNLIMITED if self.max_tokens == UNLIMITED_TOKENS else None
+        self.default_chunk_size = CHUNK_OF_UNLIMITED
         self._tokenizer_json = graph.tokenizer_path.read_text(encoding="utf-8")
         self._compiled = compile_graph(ov, str(graph.model_path), dtype)
         self.slots = 1 + max(1, int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
 from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, FloatMatrix, Tokenizer
+from asyncembed.encoders.tasks import first_task, resolve_task, route_of, router_of, takes_tasks, task_limit
 from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer, WordTokenizer, unknown_of
 from asyncembed.encoders.weights import hash_tensors
 from asyncembed.errors import ModelError, OptionsError
@@ -33,7 +35,8 @@ class TorchEncoder:
     """Runs a SentenceTransformer on rows of token ids.
 
     Where the model's own preprocessing does no more than tokenise and pad (checked on a probe text), the ids go
-    straight in; otherwise the chunk's text goes through the model's own preprocessing.
+    straight in; otherwise, and always in a model that has several tasks, the chunk's text goes through the model's own
+    preprocessing.
 
     Args:
         model: The SentenceTransformer, in place on its device.
@@ -73,9 +76,15 @@ class TorchEncoder:
         if callable(self._tokenizer) and len(self._tokenizer) <= len(self._tokenizer.all_special_ids):
             raise ModelError(f"the model {self.name!r} has a tokenizer without a vocabulary: files of it are missing")
         self.max_tokens = _max_tokens_of(model)
-        self.default_chunk_size = _default_chunk_size(model, self.max_tokens)
-        self.fast_tokenizer = self._find_fast()
+        # What looks at words one by one takes a text of any length as a whole.
+        self.default_chunk_size = CHUNK_OF_UNLIMITED if model.transformers_model is not None else None
         self.unknown = unknown_of(self._tokenizer)
+        self.fast_tokenizer = _fast(self._tokenizer)
+        self.has_routes = router_of(model) is not None
+        self.first_task = first_task(model)
+        self._takes_tasks = takes_tasks(model)
+        self._tried: set[str] = set()
+        self._running = threading.Lock()
         self._features: dict[str, Any] = {}
         self._takes_ids = self._probe()
         pools_without = any(getattr(module, "include_prompt", True) is False for module in model.children())
@@ -89,21 +98,43 @@ class TorchEncoder:
 
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of the caller's own."""
-        if self.fast_tokenizer is not None:
-            return FastTokenizer(self.fast_tokenizer, self.unknown)
-        return SlowTokenizer(self._tokenizer) if callable(self._tokenizer) else WordTokenizer(self._tokenizer)
+        return _copy_of(self._tokenizer)
+
+    def resolve_task(self, task: str | None) -> str | None:
+        """The task as far as it matters to the model.
+
+        Raises:
+            OptionsError: The model has no such route; the message names those it has.
+        """
+        return resolve_task(self.model, task)
+
+    def input_of(self, task: str | None) -> tuple[Tokenizer, int]:
+        """A tokenizer of the caller's own, and the most tokens of a row, for a task. May be called from any thread.
+
+        Raises:
+            OptionsError: The model does not take the task.
+        """
+        if not self._takes_tasks:
+            return self.tokenizer(), self.max_tokens
+        route = route_of(self.model, task if self.has_routes else None)
+        self._try(task)
+        return _copy_of(_tokenizer_of(route) or self._tokenizer), min(
+            _max_tokens_of(route), task_limit(route, task) or UNLIMITED_TOKENS
+        )
 
     def start(self, batch: Batch) -> Any:
         """Run a batch; on a GPU the work is only queued."""
         import torch
 
-        with torch.inference_mode():
+        with self._running, torch.inference_mode():
             if not self._sees_prompts:
                 return self._forward(batch)
             vectors = torch.empty((len(batch.chunks), self.dim), device=self.model.device, dtype=torch.float32)
-            for prompt, rows in _rows_by_prompt(batch).items():
-                part = Batch(tuple(batch.chunks[row] for row in rows))
-                vectors[rows] = self._forward(part, prompt)[:, : self.dim].float()
+            for (prompt, task), rows in _rows_by_instruction(batch).items():
+                found = self._forward(Batch(tuple(batch.chunks[row] for row in rows)), prompt, task)
+                if self.has_routes and found.shape[1] != self.dim and self.model.truncate_dim is None:
+                    raise ValueError(f"task={task!r} gives vectors of {found.shape[1]} numbers, not of {self.dim}")
+                vectors[rows] = found[:, : self.dim].float()
             return vectors
 
     def finish(self, handle: Any) -> FloatMatrix:
@@ -148,13 +179,24 @@ class TorchEncoder:
             return None
         return {name: value for name, value in self._features.items() if name != "prompt_length"}, self._types
 
-    def _find_fast(self) -> RustTokenizer | None:
-        backend = getattr(self._tokenizer, "backend_tokenizer", self._tokenizer)
-        return backend if isinstance(backend, RustTokenizer) else None
+    def _try(self, task: str | None) -> None:
+        """Have the model itself say whether it takes a task, where only it knows."""
+        if self.has_routes or task is None or task in self._tried:
+            return
+        import torch
+
+        try:
+            with self._running, torch.inference_mode():
+                features = self._on_device(dict(self.model.preprocess([_PROBE], task=task)))
+                self.model(features, task=task)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise OptionsError(f"the model does not take task={task!r}: {said}") from error
+        self._tried.add(task)
 
     def _probe(self) -> bool:
         """Whether our ids are what the model's own preprocessing makes; remembers which features it wants."""
-        if self.fast_tokenizer is None:
+        if self.fast_tokenizer is None or self._takes_tasks:
             return False
         features = self._features_of_probe()
         if not {"input_ids", "attention_mask"} <= set(features) <= _PLAIN_FEATURES:
@@ -195,8 +237,8 @@ class TorchEncoder:
         import torch
 
         try:
-            with torch.inference_mode():
-                return dict(self.model(self._on_device(self._features_of_probe())))
+            with self._running, torch.inference_mode():
+                return dict(self.model(self._on_device(self._features_of_probe()), **self._told()))
         except KeyError as error:
             if error.args == ("sentence_embedding",):  # asked for by a module that comes after the pooling
                 raise _no_pooling(self.name) from error
@@ -208,9 +250,13 @@ class TorchEncoder:
 
     def _features_of_probe(self) -> dict[str, Any]:
         try:
-            return dict(self.model.preprocess([_PROBE], prompt=self.prompt or None))
+            return dict(self.model.preprocess([_PROBE], prompt=self.prompt or None, **self._told()))
         except Exception as error:
             raise _no_vector(self.name, error) from error
+
+    def _told(self) -> dict[str, str]:
+        """What the model is told of a probe text."""
+        return {} if self.first_task is None else {"task": self.first_task}
 
     def _shows_weights(self) -> bool:
         """Whether tensors are all that the first module computes with.
@@ -227,21 +273,22 @@ class TorchEncoder:
         facts = json.dumps([_config_of(self.model[0]), rounded.tolist()], sort_keys=True, default=str)
         return hashlib.sha256(facts.encode()).hexdigest()
 
+    def _forward(self, batch: Batch, prompt: str = "", task: str | None = None) -> Any:
+        """Vectors of a batch, whose rows have one prompt and task where the model is told of them."""
+        told = {} if task is None else {"task": task}
+        features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt, told)
+        if self._takes_ids and self._sees_prompts:
+            features.pop("prompt_length", None)
+            found = self.model.preprocess([_PROBE], prompt=prompt or None)
+            if "prompt_length" in found:
+                features["prompt_length"] = found["prompt_length"]
+        return self.model(self._on_device(features), **told)["sentence_embedding"]
+
     def _on_device(self, features: dict[str, Any]) -> dict[str, Any]:
         return {
             name: value.to(self.model.device, non_blocking=True) if hasattr(value, "to") else value
             for name, value in features.items()
         }
-
-    def _forward(self, batch: Batch, prompt: str = "") -> Any:
-        """Vectors of a batch, whose rows have one prompt where the model is told of it."""
-        features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt)
-        if self._takes_ids and self._sees_prompts:
-            features.pop("prompt_length", None)
-            told = dict(self.model.preprocess([_PROBE], prompt=prompt or None))
-            if "prompt_length" in told:
-                features["prompt_length"] = told["prompt_length"]
-        return self.model(self._on_device(features))["sentence_embedding"]
 
     def _from_ids(self, batch: Batch) -> dict[str, Any]:
         import torch
@@ -259,16 +306,28 @@ class TorchEncoder:
             features["token_type_ids"] = torch.zeros((rows, longest), dtype=torch.int64)
         return features
 
-    def _from_texts(self, batch: Batch, prompt: str) -> dict[str, Any]:
+    def _from_texts(self, batch: Batch, prompt: str, told: dict[str, str]) -> dict[str, Any]:
         texts = [chunk.text for chunk in batch.chunks]
-        return dict(self.model.preprocess(texts, prompt=prompt or None))
+        return dict(self.model.preprocess(texts, prompt=prompt or None, **told))
 
 
-def _rows_by_prompt(batch: Batch) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = {}
+def _rows_by_instruction(batch: Batch) -> dict[tuple[str, str | None], list[int]]:
+    rows: dict[tuple[str, str | None], list[int]] = {}
     for row, chunk in enumerate(batch.chunks):
-        rows.setdefault(chunk.prompt, []).append(row)
+        rows.setdefault((chunk.prompt, chunk.task), []).append(row)
     return rows
+
+
+def _fast(tokenizer: Any) -> RustTokenizer | None:
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    return backend if isinstance(backend, RustTokenizer) else None
+
+
+def _copy_of(tokenizer: Any) -> Tokenizer:
+    fast = _fast(tokenizer)
+    if fast is not None:
+        return FastTokenizer(fast, unknown_of(tokenizer))
+    return SlowTokenizer(tokenizer) if callable(tokenizer) else WordTokenizer(tokenizer)
 
 
 def _name_of(model: Any) -> str:
@@ -334,14 +393,6 @@ def _n_positions(module: Any) -> int:
                 unused = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
                 found.append(table.num_embeddings - unused)
     return min(found)
-
-
-def _default_chunk_size(model: Any, max_tokens: int) -> int | None:
-    """Tokens of a chunk where the model has no limit: a row's memory grows with its square. None: all that it takes.
-
-    What looks at words one by one takes a text of any length as a whole.
-    """
-    return CHUNK_OF_UNLIMITED if max_tokens == UNLIMITED_TOKENS and model.transformers_model is not None else None
 
 
 def _config_of(module: Any) -> Any:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from asyncembed.chunking import Chunker
-from asyncembed.encoders import Encoder, check_dim, default_chunk_size, load_encoder, prompt_of
+from asyncembed.encoders import Encoder, check_dim, default_chunk_size, input_of, instruction_of, load_encoder
 from asyncembed.errors import OptionsError
 from asyncembed.options import EmbedOptions
 from asyncembed.splitting import TextSplitter
@@ -30,11 +30,10 @@ def load_all(
     """
     if loaded is None:
         encoder = load_encoder(options, dtype=recorded.get("dtype"))
-        prompt = encoder.prompt
     else:
         check_dim(loaded, options)
-        encoder, prompt = loaded, prompt_of(loaded, options.prompt, options.prompt_name)
-    chunker = load_chunker(encoder, options, prompt=prompt, splitter=splitter, recorded=recorded)
+        encoder = loaded
+    chunker = load_chunker(encoder, options, splitter=splitter, recorded=recorded)
     return encoder, chunker, run_fingerprint(encoder, chunker, options) if options.folder is not None else {}
 
 
@@ -42,22 +41,23 @@ def load_chunker(
     encoder: Encoder,
     options: EmbedOptions,
     *,
-    prompt: str | None = None,
     splitter: TextSplitter | None = None,
     recorded: Mapping[str, Any] | None = None,
 ) -> Chunker:
-    """A chunker for the model, with a tokenizer of its own; `prompt` overrides the encoder's.
+    """A chunker for the model, with a tokenizer of its own.
 
     Raises:
-        OptionsError: The prompt or `chunk_size` does not go with the model.
+        OptionsError: The prompt, the task or `chunk_size` does not go with the model.
     """
-    tokenizer = encoder.tokenizer()
+    instruction = instruction_of(encoder, options)
+    tokenizer, max_tokens = input_of(encoder, instruction.task)
 
     def chunker(chunk_size: int | None) -> Chunker:
         return Chunker(
             tokenizer,
-            encoder.max_tokens,
-            prompt=encoder.prompt if prompt is None else prompt,
+            max_tokens,
+            prompt=instruction.prompt,
+            task=instruction.task,
             chunk_size=chunk_size,
             chunk_overlap=options.chunk_overlap,
             long_texts=options.long_texts,
@@ -68,7 +68,7 @@ def load_chunker(
     if options.chunk_size is None and adopted is not None:
         with suppress(OptionsError):  # of another model or prompt: the comparison of fingerprints will name it
             return chunker(adopted)
-    return chunker(options.chunk_size or default_chunk_size(encoder))
+    return chunker(options.chunk_size or default_chunk_size(encoder, max_tokens))
 
 
 def run_fingerprint(encoder: Encoder, chunker: Chunker, options: EmbedOptions) -> dict[str, Any]:
@@ -77,6 +77,7 @@ def run_fingerprint(encoder: Encoder, chunker: Chunker, options: EmbedOptions) -
         **encoder.fingerprint(),
         **chunker.fingerprint(),
         "prompt": chunker.prompt,
+        **({"task": chunker.task} if chunker.task is not None else {}),
         "normalize_embeddings": options.normalize_embeddings,
         "dim": min(encoder.dim, options.truncate_dim or encoder.dim),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ import psutil
 from asyncembed.encoders import Encoder
 from asyncembed.limits import LearntLimit, estimator_for
 from asyncembed.memory import available_bytes, memory_bound, peak_rss_bytes, tokens_that_fit
+from asyncembed.records import Batch
 from asyncembed.remembering.limit_file import LimitFile, Remembered
-from asyncembed.remembering.watched import WatchedEncoder
+from asyncembed.remembering.watched import WatchedEncoder, digest_of
 
 RETUNE_AFTER_S = 30 * 86_400
 """The fastest size is searched for again after so long: drivers and libraries change."""
@@ -28,6 +30,9 @@ STEPS_PER_DOUBLING = 16
 
 LOOK_EVERY = 32
 """Batches between two looks at how much memory is free."""
+
+DEATHS_TO_GIVE_UP = 2
+"""A chunk that ran alone at so many deaths fails its text: one death may be a neighbour's fault, or a person's."""
 
 MEMORY_STEP = 64 << 20
 """The machine's memory is told apart in such steps; kernels differ by a few pages from boot to boot."""
@@ -63,6 +68,8 @@ class LimitKeeper:
         self.estimator = estimator_for(encoder.device, token_limit, learnt=learnt, slots=encoder.slots)
         self.encoder: Encoder = encoder if self._file is None else WatchedEncoder(encoder, self)
         self._largest = known.largest if known is not None else 0
+        self._killed_at = learnt.killed_at if learnt is not None else None
+        self._deaths = dict(known.deaths) if known is not None else {}
         self._bytes_per_token = known.bytes_per_token if known is not None else None
         self._shares_memory = encoder.device.split(":")[0] in ("cpu", "mps")
         self._process = psutil.Process()
@@ -75,8 +82,21 @@ class LimitKeeper:
     def __repr__(self) -> str:
         return f"<LimitKeeper {self.estimator!r} largest={self._largest} {self._file!r}>"
 
-    def before(self, n_tokens: int) -> None:
-        """A batch of `n_tokens` padded tokens is about to run."""
+    def is_suspect(self, batch: Batch) -> bool:
+        """Whether a batch is one chunk as large as a batch that a run was killed in: such a chunk runs alone."""
+        return self._killed_at is not None and len(batch.chunks) == 1 and batch.padded_tokens >= self._killed_at
+
+    def is_given_up(self, batch: Batch) -> bool:
+        """Whether a batch is one chunk that ran alone at two deaths: it would kill every run."""
+        is_known = bool(self._deaths) and len(batch.chunks) == 1
+        return is_known and self._deaths.get(digest_of(batch), 0) >= DEATHS_TO_GIVE_UP
+
+    def survived(self, chunk: str) -> None:
+        """A chunk has run alone: an earlier death was not its fault."""
+        self._deaths.pop(chunk, None)
+
+    def before(self, n_tokens: int, chunk: str | None = None) -> None:
+        """A batch of `n_tokens` padded tokens is about to run; `chunk` is the digest of one that runs alone."""
         if self._file is None:
             return
         if self._is_news(self.estimator.learnt()):
@@ -87,7 +107,7 @@ class LimitKeeper:
         if n_tokens <= max(self._largest, self._trial or 0):
             return
         if self._shares_memory:  # elsewhere memory that runs out is an exception
-            self._file.begin_trial(n_tokens)
+            self._file.begin_trial(n_tokens, chunk)
             self._rss_before, self._peak_before = int(self._process.memory_info().rss), peak_rss_bytes()
         self._trial = n_tokens
 
@@ -113,6 +133,7 @@ class LimitKeeper:
             bytes_per_token=self._bytes_per_token,
             tuned_at=self._tuned_at(learnt),
             killed_on=self._kept.killed_on if self._kept is not None and learnt.killed_at is not None else None,
+            deaths=self._deaths,
         )
         if learnt.fastest is None and not learnt.failed_at and not learnt.killed_at and not self._largest:
             return  # nothing has run
@@ -140,10 +161,15 @@ class LimitKeeper:
         deaths = self._file.take_deaths()
         if not deaths:
             return known
-        smallest = min(deaths)
+        smallest = min(death.n_tokens for death in deaths)
         known = known or Remembered(learnt=LearntLimit(limit=smallest))
+        counts = Counter({**known.deaths}) + Counter(death.chunk for death in deaths if death.chunk is not None)
         known = replace(
-            known, learnt=known.learnt.after_kill(smallest), largest=min(known.largest, smallest - 1), killed_on=now
+            known,
+            learnt=known.learnt.after_kill(smallest),
+            largest=min(known.largest, smallest - 1),
+            killed_on=now,
+            deaths=dict(counts),
         )
         self._file.store(known)
         return known

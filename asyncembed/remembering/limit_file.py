@@ -16,9 +16,9 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import platformdirs
 import psutil
@@ -42,6 +42,7 @@ class Remembered:
         bytes_per_token: What a padded token of it took while it ran; None if that was never measured.
         tuned_at: When the fastest size was found, in seconds since 1970; None if it was not.
         killed_on: When a run was killed last, in seconds since 1970; None if none was.
+        deaths: How often a run was killed while one chunk ran and nothing beside it, by the digest of the chunk.
     """
 
     learnt: LearntLimit
@@ -49,6 +50,19 @@ class Remembered:
     bytes_per_token: float | None = None
     tuned_at: float | None = None
     killed_on: float | None = None
+    deaths: Mapping[str, int] = field(default_factory=dict)
+
+
+class Death(NamedTuple):
+    """What a process that died had noted last.
+
+    Attributes:
+        n_tokens: Padded tokens of the batch.
+        chunk: Digest of its chunk, if that was all that ran; else None.
+    """
+
+    n_tokens: int
+    chunk: str | None
 
 
 def limits_root() -> Path:
@@ -102,10 +116,13 @@ class LimitFile:
             with contextlib.suppress(OSError):
                 temporary.unlink()
 
-    def begin_trial(self, n_tokens: int) -> None:
-        """Note that a batch of `n_tokens` padded tokens is about to run, flushed to the disk before this returns."""
+    def begin_trial(self, n_tokens: int, chunk: str | None = None) -> None:
+        """Note that a batch of `n_tokens` padded tokens is about to run, flushed to the disk before this returns.
+
+        `chunk` is the digest of its chunk where nothing else runs.
+        """
         process = psutil.Process()
-        note = {"n_tokens": n_tokens, "pid": process.pid, "started": process.create_time(), **_place()}
+        note = {"n_tokens": n_tokens, "chunk": chunk, "pid": process.pid, "started": process.create_time(), **_place()}
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             with self._note.open("wb") as file:
@@ -120,14 +137,14 @@ class LimitFile:
         with contextlib.suppress(OSError):
             self._note.unlink(missing_ok=True)
 
-    def take_deaths(self) -> list[int]:
-        """Padded tokens of the batches that dead processes had noted; their notes are removed.
+    def take_deaths(self) -> list[Death]:
+        """The batches that dead processes had noted; their notes are removed.
 
         A note of an earlier boot of this host is a death: the machine may have gone down with it. A note of another
         host, or of a container whose processes cannot be seen from here, is left alone, and dropped after a week.
         Of two processes that ask at once, only one is told of a note.
         """
-        deaths: list[int] = []
+        deaths: list[Death] = []
         here = _place()
         for note in self._root.glob(f"{self._key}.*.trial"):
             try:
@@ -138,7 +155,7 @@ class LimitFile:
                 if has_died or (has_died is None and _age_s(note) > _DROP_NOTE_AFTER_S):
                     note.unlink()
                 if has_died:
-                    deaths.append(n_tokens)
+                    deaths.append(Death(n_tokens, _digest(facts.get("chunk"))))
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError):
@@ -205,6 +222,7 @@ def _encode(remembered: Remembered) -> dict[str, Any]:
         "bytes_per_token": remembered.bytes_per_token,
         "tuned_at": remembered.tuned_at,
         "killed_on": remembered.killed_on,
+        "deaths": dict(remembered.deaths),
     }
 
 
@@ -226,6 +244,7 @@ def _decode(data: Any) -> Remembered:
         bytes_per_token=_amount(found["bytes_per_token"]),
         tuned_at=_amount(found["tuned_at"]),
         killed_on=_amount(found["killed_on"]),
+        deaths={str(chunk): _count(times) or 1 for chunk, times in dict(found.get("deaths", {})).items()},
     )
 
 
@@ -233,6 +252,10 @@ def _count(value: Any, least: int = 1) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise ValueError(f"{value!r} is no number of tokens")
     return value
+
+
+def _digest(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _amount(value: Any) -> float | None:

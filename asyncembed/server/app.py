@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import anyio
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -21,7 +24,7 @@ from asyncembed.embedder import CountedVectors
 from asyncembed.server.faults import SERVER, ApiError
 from asyncembed.server.metrics import CONTENT_TYPE
 from asyncembed.server.page import help_page
-from asyncembed.server.payload import EmbeddingsRequest, encode_answer, parse_request
+from asyncembed.server.payload import EmbeddingsRequest, encode_answer, parse_gzip_request, parse_request
 from asyncembed.server.service import Service, unknown_model
 
 SMALL_BODY = 64 * 2**10
@@ -42,8 +45,8 @@ GONE = 499
 
 def make_app(service: Service) -> ASGIApp:
     """The ASGI application over a service; its owner runs the service."""
-    routes = _Routes(service)
-    app = Starlette(
+    routes, settings = _Routes(service), service.settings
+    app: ASGIApp = Starlette(
         routes=[
             Route("/v1/embeddings", routes.embeddings, methods=["POST"]),
             Route("/v1/models", routes.models, methods=["GET"]),
@@ -54,22 +57,32 @@ def make_app(service: Service) -> ASGIApp:
         ],
         exception_handlers={ApiError: _tell, HTTPException: _tell_http, Exception: _tell_bug},
     )
+    if settings.api_key is not None:
+        app = _Lock(app, settings.api_key, frozenset(settings.root_path + path for path in OPEN_PATHS))
+    if settings.cors_origins:  # around the lock: browsers send no key ahead of a request, and read why one is refused
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("Retry-After",),
+        )
     return _Gate(app, service)
 
 
 class _Gate:
-    """Lets those in who have the key, and counts what they were answered."""
+    """Names each path the way the routes do, and counts what was answered."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._metrics = service.metrics
-        key = service.settings.api_key
-        self._digest = _digest(key.encode()) if key is not None else None
+        self._root = service.settings.root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         started, status = time.perf_counter(), 500
+        path = plain_path(scope["path"], self._root)
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -82,15 +95,25 @@ class _Gate:
             await send(message)
 
         try:
-            answerer = self._app if self._may_pass(scope) else _refused()
-            await answerer(scope, receive, sending)
+            await self._app({**scope, "path": self._root + path, "root_path": self._root}, receive, sending)
         finally:
-            self._metrics.observe(_path_of(scope), status, time.perf_counter() - started)
+            self._metrics.observe(_counted(path), status, time.perf_counter() - started)
 
-    def _may_pass(self, scope: Scope) -> bool:
-        if self._digest is None or scope["path"] in OPEN_PATHS:
-            return True
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+
+class _Lock:
+    """Lets those in who have the key."""
+
+    def __init__(self, app: ASGIApp, key: str, open_paths: frozenset[str]) -> None:
+        self._app = app
+        self._digest = _digest(key.encode())
+        self._open_paths = open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        may_pass = scope["type"] != "http" or scope["path"] in self._open_paths or self._is_right(scope["headers"])
+        await (self._app if may_pass else _refused())(scope, receive, send)
+
+    def _is_right(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        given = next((value for name, value in headers if name == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
         # Digests, so that neither the key's length nor how much of it was right shows in the time this takes.
         return hmac.compare_digest(_digest(key.strip()), self._digest) and scheme.lower() == b"bearer"
@@ -136,9 +159,10 @@ class _Routes:
 
     async def model(self, request: Request) -> Response:
         """The model by one name."""
-        name = request.path_params["name"]
-        if name not in self._service.settings.names:
-            raise unknown_model(name, self._service.settings)
+        asked = request.path_params["name"]
+        name = next((name for name in self._service.settings.names if name.strip("/") == asked.strip("/")), None)
+        if name is None:
+            raise unknown_model(asked, self._service.settings)
         return _json(self._model(name))
 
     async def health(self, _: Request) -> Response:
@@ -166,14 +190,17 @@ class _Routes:
 
     async def _asked(self, request: Request) -> EmbeddingsRequest:
         """What the body asks for. The body is held in here only: it is gone before the model is waited for."""
+        encoding = request.headers.get("content-encoding", "").strip().lower()
+        if encoding not in ("", "identity", "gzip"):
+            message = f"a body with Content-Encoding {encoding[:40]!r} is not read here; send it with gzip or with none"
+            raise ApiError(415, message, code="unsupported_encoding", headers={"Accept-Encoding": "gzip"})
+        settings = self._service.settings
         async with self._service.bodies.read(request) as body:
-            return await self._parse(body)
-
-    async def _parse(self, body: bytes) -> EmbeddingsRequest:
-        max_inputs = self._service.settings.max_inputs
-        if len(body) <= SMALL_BODY:
-            return parse_request(body, max_inputs)
-        return await self._service.worker.run(parse_request, body, max_inputs)
+            if encoding == "gzip":
+                return await self._service.worker.run(parse_gzip_request, body, settings)
+            if len(body) <= SMALL_BODY:
+                return parse_request(body, settings)
+            return await self._service.worker.run(parse_request, body, settings)
 
     async def _encode(self, answer: CountedVectors, asked: EmbeddingsRequest) -> bytes:
         model = asked.model or self._service.settings.names[0]
@@ -242,12 +269,22 @@ async def _is_gone(receive: Receive) -> bool:
 
 
 _PATHS = "see / for help"
+_API = re.compile(r"/+(?:v1/+)?(embeddings/*|models(?:/.*)?)", re.DOTALL)
+_ORIGIN = re.compile(r"^https?://[^/]*")
 _KNOWN = frozenset({"/v1/embeddings", "/v1/models", "/health", "/metrics", "/"})
 
 
-def _path_of(scope: Scope) -> str:
+def plain_path(path: str, root: str) -> str:
+    """A path the way the routes name it: without a proxy's prefix and slashes at the end, and under `/v1`."""
+    path = _ORIGIN.sub("", path)  # clients that take this for a proxy send the whole URL
+    if path == root or path.startswith(f"{root}/"):  # some proxies take it off, some do not
+        path = path[len(root) :]
+    found = _API.fullmatch(path)
+    return (f"/v1/{found[1]}" if found else path).rstrip("/") or "/"
+
+
+def _counted(path: str) -> str:
     """The path as it is counted: a client cannot make new ones."""
-    path = scope["path"]
     if path.startswith("/v1/models/"):
         return "/v1/models"
     return path if path in _KNOWN else "other"

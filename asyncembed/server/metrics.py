@@ -18,6 +18,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _COUNTERS: tuple[tuple[str, str, Callable[[EmbedderStatistics], float]], ...] = (
     ("texts", "Texts that were let in.", lambda now: now.texts),
     ("cache_hits", "Texts answered from the cache.", lambda now: now.cache_hits),
+    ("truncations", "Texts that were computed without their end.", lambda now: now.truncations),
     ("batches", "Batches that ran.", lambda now: now.batches),
     ("batch_row_tokens", "Tokens of all rows of all batches, without padding.", lambda now: now.row_tokens),
     ("batch_padded_tokens", "Tokens of all batches, with padding.", lambda now: now.padded_tokens),

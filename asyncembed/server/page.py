@@ -14,7 +14,7 @@ code { font-size: .9em } td, th { text-align: left; padding: .2rem 1rem .2rem 0;
 """
 
 ENDPOINTS = (
-    ("POST /v1/embeddings", "vectors of a text, a list of texts, or token ids of the model's own vocabulary"),
+    ("POST /v1/embeddings", "vectors of a text, or of a list of texts"),
     ("GET /v1/models", "the names of the model; /v1/models/NAME for one"),
     ("GET /health", "200 when the model is ready, 503 before and after; never needs a key"),
     ("GET /metrics", "figures for Prometheus"),
@@ -51,7 +51,9 @@ def help_page(settings: ServerSettings, url: str, state: str, facts: str) -> str
         f"A request takes up to {settings.max_inputs:,} texts and {settings.max_body_bytes:,} bytes. When too much is "
         "under way the answer is 429 with <code>Retry-After</code>. Texts longer than the model takes are embedded in "
         "chunks and averaged, unless the server was told otherwise. <code>dimensions</code> keeps the first of each "
-        "vector and scales it to length 1; <code>encoding_format</code> is <code>float</code> or <code>base64</code>."
+        "vector and scales it to length 1; <code>encoding_format</code> is <code>float</code> or <code>base64</code>. "
+        "<code>input_type</code> (<code>query</code>, <code>document</code>), <code>prompt_name</code> and "
+        "<code>task</code> choose one of the model's own prompts and routes."
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import string
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from asyncembed.cli.options import GROUPS, MODEL, GroupedOption, job_options
+from asyncembed.cli.options import GROUPS, MODEL, TEXTS, GroupedOption, job_options
 from asyncembed.cli.parsing import GroupedCommand, version_option
 from asyncembed.errors import OptionsError
 from asyncembed.options import parse_bytes
@@ -54,6 +55,7 @@ TAKEN = (
     "chunk_overlap",
     "prompt",
     "prompt_name",
+    "task",
     "normalize_embeddings",
     "truncate_dim",
     "batch_size",
@@ -68,6 +70,22 @@ def _amount(ctx: click.Context, param: click.Parameter, value: str | int) -> int
         return 0 if value in (0, "0") else parse_bytes(value)
     except OptionsError as error:
         raise click.BadParameter(str(error), ctx, param) from error
+
+
+def _origins(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Origins as browsers send them: in small letters, without a slash at the end."""
+    for value in values:
+        if value != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+/?", value):
+            message = f"{value!r} is no origin: scheme, host and port, such as https://app.example.org:8443, or *"
+            raise click.BadParameter(message, ctx, param)
+    return tuple(value.rstrip("/").lower() for value in values)
+
+
+def _prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """With a slash before it and none behind."""
+    if re.search(r"[?#]|://", value):
+        raise click.BadParameter(f"{value!r} is no path; give what comes behind the host, such as /embed", ctx, param)
+    return f"/{value.strip('/')}" if value.strip("/") else ""
 
 
 def parse(arguments: Sequence[str]) -> ServerSettings | int:
@@ -89,8 +107,8 @@ def _settings(**values: Any) -> ServerSettings:
         raise click.UsageError(f"the API key is empty; without --api-key and {KEY_VARIABLE} everyone is let in")
     options = {name: values.pop(name) for name in TAKEN if name != "model"}
     options["max_pending_bytes"] = values.pop("max_pending_bytes") or None
-    options["cache_bytes"] = values.pop("cache_bytes")
-    return ServerSettings(options=options, api_key=api_key, aliases=tuple(values.pop("alias")), **values)
+    options |= {name: values.pop(name) for name in ("cache_bytes", "query_prompt", "document_prompt")}
+    return ServerSettings(options=options, api_key=api_key, **values)
 
 
 def _model_options() -> list[click.Parameter]:
@@ -110,10 +128,22 @@ def _server_options() -> list[click.Parameter]:
         GroupedOption(["--api-key"], envvar=KEY_VARIABLE, metavar="KEY", group=SERVER,
                       help="Clients must send it as bearer token. Better set ASYNCEMBED_API_KEY: others can see the "
                       "arguments of a process."),
+        GroupedOption(["--cors-origin", "cors_origins"], multiple=True, callback=_origins, metavar="ORIGIN",
+                      group=SERVER, help="Let pages of this origin, such as https://app.example.org, ask from a "
+                      "browser; may be repeated; * is any."),
+        GroupedOption(["--root-path"], default="", callback=_prefix, metavar="PATH", group=SERVER,
+                      help="The prefix under which a proxy serves this, such as /embed; whether the proxy takes it off "
+                      "or not."),
         GroupedOption(["--drain-s"], type=click.FloatRange(min=0), default=DEFAULT_DRAIN_S, metavar="SECONDS",
                       show_default=True, group=SERVER, help="How long requests under way may take after SIGTERM."),
-        GroupedOption(["--alias"], multiple=True, metavar="NAME", group=MODEL,
+        GroupedOption(["--alias", "aliases"], multiple=True, metavar="NAME", group=MODEL,
                       help="A further name that clients may use for the model; may be repeated."),
+        GroupedOption(["--accept-token-ids"], is_flag=True, group=MODEL,
+                      help="Take token ids in the place of texts, for clients that have this model's own tokenizer. "
+                      "Ids of another one, as LangChain's OpenAIEmbeddings sends by default, give wrong vectors."),
+        GroupedOption(["--query-prompt"], metavar="TEXT", group=TEXTS,
+                      help="Put before queries (input_type), for models that do not say it themselves."),
+        GroupedOption(["--document-prompt"], metavar="TEXT", group=TEXTS, help="The same for documents."),
         GroupedOption(["--max-body-bytes"], type=click.UNPROCESSED, callback=_amount, metavar="SIZE",
                       default=DEFAULT_BODY_BYTES, show_default="16MiB", group=LIMITS, help="Most bytes of a request."),
         GroupedOption(["--max-inputs"], type=click.IntRange(min=1), default=DEFAULT_INPUTS, metavar="N",

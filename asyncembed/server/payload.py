@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import base64
+import gzip
+import re
+import zlib
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import orjson
 
 from asyncembed.assembly import normalized
-from asyncembed.embedder import CountedVectors
+from asyncembed.embedder import CountedVectors, Kind
 from asyncembed.encoders import FloatMatrix
 from asyncembed.records import AnyText, TokenText
-from asyncembed.server.faults import ApiError
+from asyncembed.server.faults import ApiError, too_large
+from asyncembed.server.settings import ServerSettings
 
 FORMATS = ("float", "base64")
+
+KINDS: dict[str | None, Kind] = {
+    None: "text",
+    "query": "query",
+    "search_query": "query",
+    "document": "document",
+    "search_document": "document",
+    "passage": "document",
+}
+"""What the values of `input_type` mean that clients of several services send."""
+
+ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F]..)|.)", re.DOTALL)
+"""An escape of JSON: a whole surrogate pair, half of one, or any other."""
+
+TOKEN_IDS_REFUSED = (
+    "'input' holds token ids, which mean other words in another model's vocabulary: send strings (LangChain's "
+    "OpenAIEmbeddings does with check_embedding_ctx_length=False). For clients that have this model's own tokenizer, "
+    "start the server with --accept-token-ids"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +54,9 @@ class EmbeddingsRequest:
         model: The name it gives the model; None if it names none.
         encoding_format: `float` or `base64`.
         dimensions: How many of each vector's; None for all.
+        kind: What the texts are for.
+        prompt_name: Name of one of the model's prompts; None for that of the kind.
+        task: Name of one of the model's routes or adapters; None for that of the kind.
     """
 
     inputs: list[AnyText]
@@ -36,23 +64,24 @@ class EmbeddingsRequest:
     model: str | None
     encoding_format: str
     dimensions: int | None
+    kind: Kind = "text"
+    prompt_name: str | None = None
+    task: str | None = None
 
 
-def parse_request(body: bytes, max_inputs: int) -> EmbeddingsRequest:
+def parse_request(body: bytes, settings: ServerSettings) -> EmbeddingsRequest:
     """Read the body of a request.
 
     Raises:
         ApiError: It is no JSON object, or something in it cannot be; 400.
     """
-    try:
-        asked = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"the body is no JSON that can be read: {error}", code="invalid_json") from None
+    asked = _loads(body)
     if not isinstance(asked, dict):
         raise ApiError(400, f"the body is a JSON {_kind(asked)}; it must be an object with 'input' and 'model'")
-    model, form, dimensions = asked.get("model"), asked.get("encoding_format"), asked.get("dimensions")
-    if model is not None and not isinstance(model, str):
-        raise ApiError(400, f"'model' must be a string, not {_kind(model)}", param="model")
+    form, dimensions, input_type = asked.get("encoding_format"), asked.get("dimensions"), asked.get("input_type")
+    for name in ("model", "prompt_name", "task"):
+        if not isinstance(asked.get(name), str | None):
+            raise ApiError(400, f"'{name}' must be a string, not {_kind(asked[name])}", param=name)
     if form is not None and form not in FORMATS:
         raise ApiError(
             400, f"'encoding_format' must be 'float' or 'base64', not {_shown(form)}", param="encoding_format"
@@ -61,10 +90,56 @@ def parse_request(body: bytes, max_inputs: int) -> EmbeddingsRequest:
         raise ApiError(
             400, f"'dimensions' must be a whole number of at least 1, not {_shown(dimensions)}", param="dimensions"
         )
+    if not isinstance(input_type, str | None) or input_type not in KINDS:
+        known = ", ".join(f"'{name}'" for name in KINDS if name)
+        raise ApiError(400, f"'input_type' must be one of {known}, not {_shown(input_type)}", param="input_type")
     if asked.get("input") is None:
-        raise ApiError(400, "'input' is missing: a string, a list of strings, or token ids", param="input")
-    inputs, is_list = _inputs(asked["input"], max_inputs)
-    return EmbeddingsRequest(inputs, is_list, model, form or "float", dimensions)
+        raise ApiError(400, "'input' is missing: a string, or a list of strings", param="input")
+    inputs, is_list = _inputs(asked["input"], settings.max_inputs)
+    if isinstance(inputs[0], TokenText) and not settings.accept_token_ids:
+        raise ApiError(400, TOKEN_IDS_REFUSED, param="input", code="token_ids_not_accepted")
+    return EmbeddingsRequest(
+        inputs,
+        is_list,
+        asked.get("model"),
+        form or "float",
+        dimensions,
+        KINDS[input_type],
+        asked.get("prompt_name"),
+        asked.get("task"),
+    )
+
+
+def parse_gzip_request(packed: bytes, settings: ServerSettings) -> EmbeddingsRequest:
+    """Read a body that was compressed; no more of it is unpacked than a body may have.
+
+    Raises:
+        ApiError: It cannot be unpacked, 400, or is too large, 413; or as `parse_request`.
+    """
+    try:
+        body = gzip.GzipFile(fileobj=BytesIO(packed)).read(settings.max_body_bytes + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ApiError(400, f"the body cannot be unpacked: {error}", code="invalid_gzip") from None
+    if len(body) > settings.max_body_bytes:
+        raise too_large(f"the body unpacks to more than the {settings.max_body_bytes} bytes that this server takes")
+    return parse_request(body, settings)
+
+
+def _loads(body: bytes) -> Any:
+    """The JSON of a body, also after a byte order mark, and with half an emoji: clients cut texts by code units."""
+    body = body.removeprefix(BOM_UTF8)
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        message = f"the body is no JSON that can be read: {error}"
+    try:
+        body.decode()
+        return orjson.loads(ESCAPE.sub(lambda found: rb"\ufffd" if found["half"] else found[0], body))
+    except UnicodeDecodeError:
+        message = "the body is not UTF-8; clients that name it send it: 'Content-Type: application/json; charset=utf-8'"
+    except orjson.JSONDecodeError:
+        pass  # that was not what was wrong with it
+    raise ApiError(400, message, code="invalid_json")
 
 
 def cut(vectors: FloatMatrix, dimensions: int | None) -> FloatMatrix:
@@ -121,9 +196,8 @@ def _inputs(given: Any, max_inputs: int) -> tuple[list[AnyText], bool]:
             param="input",
         )
     if len(given) > max_inputs:
-        raise ApiError(
-            400, f"'input' holds {len(given)} texts; this server takes {max_inputs} in a request", param="input"
-        )
+        message = f"'input' holds {len(given)} texts; this server takes {max_inputs} in a request"
+        raise ApiError(400, message, param="input")
     read = _text if kinds == {str} else _ids
     return [read(one, f"input[{index}]") for index, one in enumerate(given)], True
 
@@ -138,7 +212,7 @@ def _ids(ids: Sequence[Any], place: str) -> AnyText:
     if not ids:
         raise ApiError(400, f"'{place}' is an empty list", param=place)
     if set(map(type, ids)) != {int}:
-        raise ApiError(400, f"'{place}' must hold whole numbers only: token ids", param=place)
+        raise ApiError(400, f"'{place}' is a list: it must hold whole numbers only, token ids", param=place)
     try:
         return TokenText.of(ids)
     except OverflowError:

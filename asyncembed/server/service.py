@@ -12,7 +12,7 @@ from typing import Literal
 import anyio
 
 from asyncembed.embedder import AsyncEmbedder, CountedVectors, EmbedderStatistics
-from asyncembed.errors import ClosedError, ModelError, OverloadedError, TextError
+from asyncembed.errors import ClosedError, ModelError, OptionsError, OverloadedError, TextError
 from asyncembed.server.bodies import Bodies
 from asyncembed.server.faults import SERVER, ApiError, overloaded, too_large, unavailable
 from asyncembed.server.metrics import Metrics
@@ -117,7 +117,9 @@ class Service:
         """
         self._check(asked)
         try:
-            return self.embedder.embed_counted_nowait(asked.inputs)
+            return self.embedder.embed_counted_nowait(
+                asked.inputs, kind=asked.kind, prompt_name=asked.prompt_name, task=asked.task, blanks="encode"
+            )
         except Exception as error:
             raise self.explained(error, asked) from error
 
@@ -125,7 +127,7 @@ class Service:
         """What a client is told of an error; the error itself if nobody foresaw it."""
         if isinstance(error, TextError):
             place = f"input[{error.index}]" if asked.is_list else "input"
-            message = f"'{place}' cannot be embedded: {error.reason}"
+            message = f"'{place}' cannot be embedded: {shortened(error.reason, 400)}"
             return ApiError(400, message, param=place, code="text_not_embeddable")
         if isinstance(error, OverloadedError):
             if not error.can_fit:
@@ -133,6 +135,9 @@ class Service:
                 return too_large(f"{given} are more than this server holds; send fewer in a request", "too_many_texts")
             wait_s = retry_after_s(self.embedder.statistics())
             return overloaded(f"too much is under way; try again in {plural(wait_s, 'second')}", wait_s)
+        if isinstance(error, OptionsError):
+            param = "prompt_name" if str(error).startswith("the model has no prompt") else "task"
+            return ApiError(400, shortened(str(error), 400), param=param)
         if isinstance(error, ClosedError):
             return unavailable("the server is being shut down", "shutting_down")
         if isinstance(error, ModelError):
@@ -168,12 +173,16 @@ class Service:
             self._on_broken()
 
 
+def shortened(text: str, size: int) -> str:
+    """A text for a message, in so many characters: a client may send megabytes in the place of a name."""
+    return text if len(text) <= size else f"{text[: size - 3]}..."
+
+
 def unknown_model(name: str, settings: ServerSettings) -> ApiError:
     """There is no model of that name here."""
-    shown = name if len(name) <= 80 else f"{name[:77]}..."
     own, *others = map(repr, settings.names)
     also = f", also called {', '.join(others)}" if others else ""
-    message = f"The model '{shown}' does not exist here; there is {own}{also}"
+    message = f"The model '{shortened(name, 80)}' does not exist here; there is {own}{also}"
     return ApiError(404, message, param="model", code="model_not_found")
 
 

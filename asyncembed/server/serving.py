@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import socket
@@ -81,10 +82,12 @@ async def _serve(settings: ServerSettings, signals: Signals, say: Say, listener:
     service = Service(settings, on_ready=ready, on_broken=lambda: server.stop())
     config = uvicorn.Config(
         make_app(service),
+        http="h11",  # the other parser, taken where it is installed, loses the bodies of Java's clients: they offer h2c
         lifespan="off",
         ws="none",
         interface="asgi3",
         log_config=None,
+        log_level=logging.ERROR,  # its warnings are of what single clients send
         access_log=False,
         backlog=2048,
         proxy_headers=False,

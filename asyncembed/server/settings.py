@@ -26,8 +26,11 @@ class ServerSettings:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         api_key: What clients must send as bearer token; None lets everyone in.
-        max_body_bytes: Most bytes of a request's body.
+        cors_origins: Origins whose pages may ask from a browser; `*` is any.
+        root_path: Prefix under which a proxy serves this, such as `/embed`.
+        max_body_bytes: Most bytes of a request's body, also after unpacking.
         max_inputs: Most texts of a request.
+        accept_token_ids: Whether texts may be given as token ids: nothing tells ids of another vocabulary.
         drain_s: How long requests under way may take after SIGTERM.
     """
 
@@ -37,8 +40,11 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    root_path: str = ""
     max_body_bytes: int = DEFAULT_BODY_BYTES
     max_inputs: int = DEFAULT_INPUTS
+    accept_token_ids: bool = False
     drain_s: float = DEFAULT_DRAIN_S
 
     @property

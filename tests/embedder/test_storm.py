@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from asyncembed import AsyncEmbedder, AsyncEmbedError, embed_stream
 from asyncembed.embedder.cache import ENTRY_OVERHEAD, Answer, AnswerCache
+from asyncembed.encoders import Instruction
 from asyncembed.records import Batch
 from tests.fakes import FakeEncoder
 
@@ -120,18 +121,18 @@ def test_cache_any_use_stays_within_its_bytes_and_drops_the_least_recent(
     for puts, text, dim in steps:
         if puts:
             answer = Answer(np.zeros(dim, np.float32), dim)
-            cache.put(("", text), answer)
+            cache.put((Instruction(), text), answer)
             if ENTRY_OVERHEAD + len(text) * (1 if text.isascii() else 4) + 4 * dim <= max_bytes:
                 order.pop(text, None)
                 order[text] = answer
         else:
-            found = cache.get(("", text))
+            found = cache.get((Instruction(), text))
             if found is not None:
                 assert order[text] is found
                 order[text] = order.pop(text)
         assert cache.n_bytes <= max_bytes
         kept = list(order)[len(order) - len(cache) :]
-        assert all(("", text) in cache._answers for text in kept)
+        assert all((Instruction(), text) in cache._answers for text in kept)
         order = {text: order[text] for text in kept}
-    cache.put(("", "failed"), Answer(None, error="no"))
-    assert cache.get(("", "failed")) is None
+    cache.put((Instruction(), "failed"), Answer(None, error="no"))
+    assert cache.get((Instruction(), "failed")) is None

@@ -77,6 +77,30 @@ def killed(kill_above: int, n_texts: int) -> dict[str, Any]:
     return asyncio.run(run(Killed(encoder, kill_above), n_texts))
 
 
+class KilledByLength(Killed):
+    """The real model; a batch with a row longer than `kill_above` tokens ends the process as the kernel would."""
+
+    def start(self, batch: Batch) -> Any:
+        if batch.longest > self._kill_above:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._encoder.start(batch)
+
+
+def deadly(folder: str, kill_above: int, token_limit: int, chunk_size: int) -> dict[str, Any]:
+    """A job of short texts around a long one, whose length kills it; 0 stands for an option that is not given."""
+    encoder = KilledByLength(load_encoder(EmbedOptions(device="cpu", backend="openvino")), kill_above)
+    short = [f"{number} boats" for number in range(8)]
+    texts = [*short[:4], next(long_texts(1)), *short[4:]]
+    options = {"token_limit": token_limit or None, "chunk_size": chunk_size or None}
+
+    async def job() -> dict[str, Any]:
+        async with embed_stream(texts, model=encoder, save_path=folder, **options) as stream:
+            errors = {record.error async for record in stream}
+        return {**stream.summary.as_dict(), "errors": sorted(filter(None, errors))}
+
+    return asyncio.run(job())
+
+
 def exhausted(backend: str, n_mib: int, n_texts: int) -> dict[str, Any]:
     """A job with `n_mib` MiB of address space more than the loaded model takes, with the padded tokens of its `largest`
     batch, whatever became of it.
@@ -150,6 +174,8 @@ if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
     if what == "killed":
         print(json.dumps(killed(int(arguments[0]), int(arguments[1]))))
+    elif what == "deadly":
+        print(json.dumps(deadly(arguments[0], *map(int, arguments[1:]))))
     elif what == "grown":
         print(json.dumps(asyncio.run(grown(*map(int, arguments)))))
     elif what == "held":

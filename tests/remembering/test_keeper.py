@@ -113,7 +113,7 @@ def test_take_deaths_of_a_dead_process_or_a_reused_number_is_told_once(file: Lim
     facts = json.loads(note.read_bytes())
     note.write_text(json.dumps({**facts, "started": facts["started"] - 1000}))  # the number was another's once
     assert LimitFile({**FACTS, "model": "b"}, tmp_path).take_deaths() == []
-    assert LimitFile(FACTS, tmp_path).take_deaths() == [100]
+    assert LimitFile(FACTS, tmp_path).take_deaths() == [(100, None)]
     assert LimitFile(FACTS, tmp_path).take_deaths() == []
 
 
@@ -144,7 +144,7 @@ def test_take_deaths_note_of_another_host_or_container_is_left_alone_and_dropped
 def test_take_deaths_note_of_an_earlier_boot_is_a_death(file: LimitFile, tmp_path: Path) -> None:
     file.begin_trial(100)
     edit_note(tmp_path, boot="another", pid_namespace="pid:[1]", started=psutil.boot_time() - 1000)
-    assert LimitFile(FACTS, tmp_path).take_deaths() == [100]
+    assert LimitFile(FACTS, tmp_path).take_deaths() == [(100, None)]
     assert list(tmp_path.iterdir()) == []
 
 

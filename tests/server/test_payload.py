@@ -18,6 +18,7 @@ from asyncembed.records import TokenText
 from asyncembed.server.faults import ApiError
 from asyncembed.server.payload import EmbeddingsRequest, encode_answer, parse_request
 from asyncembed.server.service import retry_after_s
+from asyncembed.server.settings import ServerSettings
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(),
@@ -27,8 +28,11 @@ FIELDS = st.sampled_from(["input", "model", "encoding_format", "dimensions", "us
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-def parse(max_inputs: int = 4, **fields: Any) -> EmbeddingsRequest:
-    return parse_request(orjson.dumps(fields), max_inputs)
+SETTINGS = ServerSettings(max_inputs=4, accept_token_ids=True)
+
+
+def parse(**fields: Any) -> EmbeddingsRequest:
+    return parse_request(orjson.dumps(fields), SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,9 @@ def test_what_cannot_be_is_refused_with_its_place(fields: dict[str, Any], param:
         b"",
         b"{",
         b"\xff",
-        b'{"input": "\\ud800"}',
+        b'{"input": "caf\xe9"}',
+        b'{"input": "\\ud8',
+        b'\xef\xbb\xbf\xef\xbb\xbf{"input": "a"}',
         b"[" * 100_000,
         b'{"input":' + b"[" * 5000 + b"]" * 5000 + b"}",
         b"3",
@@ -93,9 +99,19 @@ def test_what_cannot_be_is_refused_with_its_place(fields: dict[str, Any], param:
 )
 def test_body_that_is_no_object_or_too_deep_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
-        parse_request(body, 4)
+        parse_request(body, SETTINGS)
     assert caught.value.status == 400
     assert len(caught.value.message) < 300
+
+
+PIECES = ["\\", '"', "\ud83d", "\ude80", "\udfff", "\ud800", "a", "u", "d8", "\n", "é", "🚀"]
+
+
+@given(pieces=st.lists(st.sampled_from(PIECES)))
+def test_halves_of_pairs_are_replaced_and_nothing_else_changes(pieces: list[str]) -> None:
+    text = "a" + "".join(pieces)
+    [found] = parse_request(json.dumps({"input": text}).encode(), SETTINGS).inputs
+    assert found == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @pytest.mark.parametrize("field", ["encoding_format", "dimensions"])
@@ -110,7 +126,7 @@ def test_body_that_is_no_object_or_too_deep_is_refused(body: bytes) -> None:
 )
 def test_deep_or_long_value_is_refused_in_a_short_message(field: str, value: bytes, shown: str) -> None:
     with pytest.raises(ApiError) as caught:
-        parse_request(b'{"input": "a", "%b": %b}' % (field.encode(), value), 4)
+        parse_request(b'{"input": "a", "%b": %b}' % (field.encode(), value), SETTINGS)
     assert (caught.value.status, caught.value.param) == (400, field)
     assert caught.value.message.endswith(shown)
 
@@ -119,7 +135,7 @@ def test_deep_or_long_value_is_refused_in_a_short_message(field: str, value: byt
 @given(body=st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_body_is_read_or_refused(body: bytes) -> None:
     with pytest.raises(ApiError):
-        parse_request(body, 4)
+        parse_request(body, SETTINGS)
 
 
 @settings(max_examples=60)
@@ -128,7 +144,7 @@ def test_any_fields_are_read_or_refused(fields: dict[str, Any]) -> None:
     body = json.dumps(fields).encode()
     refusal = None
     try:
-        asked = parse_request(body, 4)
+        asked = parse_request(body, SETTINGS)
     except ApiError as error:
         refusal = error
     if refusal is not None:

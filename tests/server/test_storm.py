@@ -21,7 +21,7 @@ KINDS = ("text", "list", "poison", "broken", "huge", "leaves", "leaves while sen
 
 
 def body_of(kind: str, number: int) -> bytes:
-    asked = {"text": f"note {number}", "list": [f"note {number}", "a heron"], "poison": ["a heron", "  "]}
+    asked = {"text": f"note {number}", "list": [f"note {number}", "a heron"], "poison": ["a heron", "word " * 99]}
     if kind in asked:
         return orjson.dumps({"input": asked[kind]})
     return {"broken": b'{"input": [}', "huge": b" " * 5000}.get(kind, b'{"input": "nobody waits for this"}')
@@ -48,7 +48,7 @@ async def test_storm_of_clients(seed: int) -> None:
     dice = random.Random(seed)
     kinds = [dice.choice(KINDS) for _ in range(120)]
     answers: list[tuple[str, int, bytes]] = []
-    embedder = AsyncEmbedder(FakeEncoder(slots=2))
+    embedder = AsyncEmbedder(FakeEncoder(slots=2), long_texts="error")
     async with opened(embedder, max_body_bytes=4000) as service, listening(service) as port:
         async with anyio.create_task_group() as group:
             for number, kind in enumerate(kinds):

@@ -62,6 +62,9 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
         (["--api-key", " "], "the API key is empty"),
         (["--api-key", ""], "the API key is empty"),
         (["--dtype", "int3"], "int3"),
+        (["--root-path", "https://example.org/embed"], "is no path"),
+        (["--cors-origin", "app.example.org"], "is no origin"),
+        (["--cors-origin", "https://app.example.org/page"], "is no origin"),
     ],
 )
 def test_mistake_is_one_line_and_exit_2(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -87,17 +90,21 @@ def test_every_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch) -> N
     line = (
         "--model m --host 0.0.0.0 --port 9 --alias a --alias b --max-body-bytes 1KiB --max-inputs 3 "
         "--max-pending-bytes 1MB --cache-bytes 2MB --drain-s 4.5 --device cpu --backend torch --dtype float32 "
-        "--long-texts error --truncate-dim 8 --token-limit 77 --allow-pickle"
+        "--long-texts error --truncate-dim 8 --token-limit 77 --allow-pickle --accept-token-ids "
+        "--cors-origin https://App.example.org:8443/ --cors-origin '*' --root-path embed/ "
+        "--task query --query-prompt 'query: ' --document-prompt ''"
     )
     found = parse(shlex.split(line))
     assert isinstance(found, ServerSettings)
     assert (found.model, found.host, found.port, found.aliases) == ("m", "0.0.0.0", 9, ("a", "b"))
     assert (found.max_body_bytes, found.max_inputs, found.drain_s) == (1024, 3, 4.5)
     assert found.api_key == "of-the-environment"
+    assert (found.accept_token_ids, found.root_path) == (True, "/embed")
+    assert found.cors_origins == ("https://app.example.org:8443", "*")
     expected = {
         "max_pending_bytes": 10**6, "cache_bytes": 2 * 10**6, "device": "cpu", "backend": "torch", "dtype": "float32",
         "long_texts": "error", "truncate_dim": 8, "token_limit": 77, "prompt": None,
-        "allow_pickle": True,
+        "allow_pickle": True, "task": "query", "query_prompt": "query: ", "document_prompt": "",
     }  # fmt: skip
     assert expected.items() <= dict(found.options).items()
 
@@ -107,4 +114,5 @@ def test_defaults_bind_to_this_machine_only_and_need_no_key(monkeypatch: pytest.
     found = parse([])
     assert isinstance(found, ServerSettings)
     assert (found.host, found.port, found.api_key) == ("127.0.0.1", 8000, None)
+    assert (found.cors_origins, found.root_path, found.accept_token_ids) == ((), "", False)
     assert found.names == ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2")
