@@ -70,9 +70,9 @@ class IdTokenizer(Tokenizer, Protocol):
 
 
 def default_chunk_size(encoder: Encoder, max_tokens: int) -> int | None:
-    """Tokens of a chunk where none are asked for and a row takes `max_tokens`; None for all that it takes."""
+    """Tokens of a chunk where none are asked for and a row takes `max_tokens`; None for all of these."""
     size: int | None = getattr(encoder, "default_chunk_size", None)
-    return size if max_tokens == UNLIMITED_TOKENS else None
+    return size if max_tokens >= UNLIMITED_TOKENS else None
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
-from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, FloatMatrix, Tokenizer
+from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, FloatMatrix, Tokenizer
 from asyncembed.encoders.graph_cache import CachedGraph
 from asyncembed.encoders.tokenizers import FastTokenizer
 from asyncembed.records import Batch
@@ -22,10 +22,10 @@ _BROKEN_STATE = ("shape infer", "broadcast-merge")
 """Said by a stream whose earlier run ended for lack of memory: shapes of that run are left in it."""
 
 KEPT_KERNELS = 100
-"""Kernels kept by each stream, which OpenVINO makes for each shape of a batch. Its own 5,000 hold a quarter of a megabyte
-for every shape that an app's batches ever have: a process grows for hours. With 100 it levels off at what oneDNN keeps
-below (1,024 for the process), and is as fast: 3,780 and 3,800 tokens a second of processor over 625 shapes in 1,500
-batches."""
+"""Kernels that each stream keeps; OpenVINO makes them for each shape of a batch. Its own 5,000 hold a quarter of a
+megabyte for every shape that an app's batches ever have, so a process grows for hours. With 100 it levels off at what
+oneDNN keeps below (1,024 for the process) and is as fast: 3,780 and 3,800 tokens a second of processor over 1,500
+batches of 625 shapes."""
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
@@ -58,7 +58,7 @@ class OpenVinoEncoder:
         self._facts = graph.facts
         self.dim = graph.facts.dim
         self.max_tokens = graph.facts.max_tokens
-        self.default_chunk_size = CHUNK_OF_UNLIMITED if self.max_tokens == UNLIMITED_TOKENS else None
+        self.default_chunk_size = CHUNK_OF_UNLIMITED
         self._tokenizer_json = graph.tokenizer_path.read_text(encoding="utf-8")
         self._compiled = compile_graph(ov, str(graph.model_path), dtype)
         self.slots = 1 + max(1, int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))

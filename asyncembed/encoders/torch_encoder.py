@@ -77,7 +77,8 @@ class TorchEncoder:
         if callable(self._tokenizer) and len(self._tokenizer) <= len(self._tokenizer.all_special_ids):
             raise ModelError(f"the model {self.name!r} has a tokenizer without a vocabulary: files of it are missing")
         self.max_tokens = _max_tokens_of(model)
-        self.default_chunk_size = _default_chunk_size(model, self.max_tokens)
+        # What looks at words one by one takes a text of any length as a whole.
+        self.default_chunk_size = CHUNK_OF_UNLIMITED if model.transformers_model is not None else None
         self.fast_tokenizer = _fast(self._tokenizer)
         self.unknown = unknown_of(self._tokenizer)
         self.has_routes = router_of(model) is not None
@@ -118,9 +119,9 @@ class TorchEncoder:
             return self.tokenizer(), self.max_tokens
         route = route_of(self.model, task if self.has_routes else None)
         self._try(task)
-        tokenizer, unknown = self._tokenizer, self.unknown
-        if route.tokenizer is not None and route.tokenizer is not self._tokenizer:
-            tokenizer, unknown = route.tokenizer, unknown_of(route.tokenizer)
+        tokenizer, unknown = _tokenizer_of(route) or self._tokenizer, self.unknown
+        if tokenizer is not self._tokenizer:
+            unknown = unknown_of(tokenizer)
         return _copy_of(tokenizer, unknown), min(_max_tokens_of(route), task_limit(route, task) or UNLIMITED_TOKENS)
 
     def start(self, batch: Batch) -> Any:
@@ -245,7 +246,7 @@ class TorchEncoder:
         import torch
 
         try:
-            with torch.inference_mode():
+            with self._running, torch.inference_mode():
                 return dict(self.model(self._on_device(self._features_of_probe()), **self._told(self.first_task)))
         except KeyError as error:
             if error.args == ("sentence_embedding",):  # asked for by a module that comes after the pooling
@@ -405,14 +406,6 @@ def _n_positions(module: Any) -> int:
                 unused = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
                 found.append(table.num_embeddings - unused)
     return min(found)
-
-
-def _default_chunk_size(model: Any, max_tokens: int) -> int | None:
-    """Tokens of a chunk where the model has no limit: a row's memory grows with its square. None: all that it takes.
-
-    What looks at words one by one takes a text of any length as a whole.
-    """
-    return CHUNK_OF_UNLIMITED if max_tokens == UNLIMITED_TOKENS and model.transformers_model is not None else None
 
 
 def _config_of(module: Any) -> Any:
