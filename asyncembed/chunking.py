@@ -246,7 +246,7 @@ class Chunker:
         suffix = found.ids[len(found.ids) - found.n_suffix :]
         ids = np.concatenate((found.ids[:keep], suffix))
         dropped = found.n_content - self._n_prompt - self.chunk_size
-        chunk = Chunk(owner, 0, text, 0, ids, self.chunk_size, priority, self.prompt, self.task)
+        chunk = Chunk(owner, 0, text, 0, ids, self.chunk_size, priority, self.prompt, self.task, is_cut=True)
         return ChunkedText((chunk,), self.chunk_size, dropped, found.n_unknown)
 
     def _split(self, owner: int, text: str, priority: int) -> ChunkedText:

@@ -15,7 +15,7 @@ from asyncembed.chunking import TokenCounter
 from asyncembed.consumer import LimitEstimator
 from asyncembed.embedder.forks import watch
 from asyncembed.encode_settings import options_of
-from asyncembed.encoders import Encoder, FloatMatrix, input_of, instruction_of
+from asyncembed.encoders import Encoder, FloatMatrix, Instruction, input_of, instruction_of
 from asyncembed.iterables import check_source, without_line_ends
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
 from asyncembed.job.agreement import LOOKED_AT, RUN_BY_US, check_folder
@@ -352,7 +352,9 @@ class EmbeddingGenerator:
         if writer is not None:
             writer.claim(run_fingerprint(encoder, chunker, options), encoder.made_with())
             if encoder.backend in RUN_BY_US:
-                check_folder(writer.paths.root, encoder, chunker.prompt, writer.some(LOOKED_AT))
+                check_folder(
+                    writer.paths.root, encoder, Instruction(chunker.prompt, chunker.task), writer.some(LOOKED_AT)
+                )
         return PipelineSteps(
             encoder if self._estimator is not None else self._kept_limits().encoder,
             chunker,

@@ -120,6 +120,7 @@ class Chunk:
         priority: Class of urgency; lower is sooner.
         prompt: What stands before the piece in `ids`.
         task: Which of its routes or adapters the model takes; None for its default.
+        is_cut: `ids` hold the beginning of `text` only, its first `n_tokens` tokens.
     """
 
     owner: int
@@ -131,6 +132,7 @@ class Chunk:
     priority: int = 0
     prompt: str = ""
     task: str | None = None
+    is_cut: bool = False
 
     @property
     def length(self) -> int:

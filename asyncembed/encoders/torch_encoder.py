@@ -321,6 +321,11 @@ class TorchEncoder:
 
     def _from_texts(self, batch: Batch, prompt: str, told: dict[str, str]) -> dict[str, Any]:
         texts = [chunk.text for chunk in batch.chunks]
+        if any(chunk.is_cut for chunk in batch.chunks):
+            tokenizer, _ = self.input_of(told.get("task"))
+            for row, chunk in enumerate(batch.chunks):
+                if chunk.is_cut:
+                    texts[row] = chunk.text[: tokenizer.spans(chunk.text)[chunk.n_tokens - 1][1]]
         return dict(self.model.preprocess(texts, prompt=prompt or None, **told))
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from asyncembed.encoders import Encoder
+from asyncembed.encoders import Encoder, Instruction, Tokenizer, input_of
 from asyncembed.errors import StoreMismatchError
-from asyncembed.records import Batch, Chunk, FloatVector
+from asyncembed.records import Batch, Chunk, FloatVector, TokenIds
 from asyncembed.sinks.record_file import StoredText
 
 MIN_COSINE = 0.9999
@@ -27,26 +27,36 @@ RUN_BY_US = ("torch", "openvino")
 
 
 def disagreements(
-    encoder: Encoder, prompt: str, texts: Iterable[StoredText], least: float
+    encoder: Encoder, instruction: Instruction, texts: Iterable[StoredText], least: float
 ) -> Iterator[tuple[StoredText, float]]:
     """The texts of which a chunk has another vector than the model gives, each with its lowest cosine.
 
     One chunk is computed at a time, in the thread that calls. Chunks that the model no longer takes are passed over.
     """
-    tokenizer = encoder.tokenizer()
+    tokenizer, max_tokens = input_of(encoder, instruction.task)
     for stored in texts:
         lowest = 1.0
         for chunk in stored.chunks:
-            found = tokenizer.tokenize([prompt + chunk.text])[0]
-            if len(found.ids) > encoder.max_tokens:
+            ids = _ids_of(tokenizer, instruction.prompt, chunk.text, chunk.n_tokens)
+            if ids is None or len(ids) > max_tokens:
                 continue
-            row = Chunk(0, 0, chunk.text, 0, found.ids, chunk.n_tokens, 0, prompt)
+            row = Chunk(0, 0, chunk.text, 0, ids, chunk.n_tokens, 0, instruction.prompt, instruction.task)
             lowest = min(lowest, _cosine(encoder.finish(encoder.start(Batch((row,))))[0], chunk.embedding))
         if not lowest >= least:
             yield stored, lowest
 
 
-def check_folder(folder: str, encoder: Encoder, prompt: str, texts: Iterable[StoredText]) -> None:
+def _ids_of(tokenizer: Tokenizer, prompt: str, text: str, n_tokens: int) -> TokenIds | None:
+    """Token ids of a chunk: the first `n_tokens` of its text, which may have been truncated; None if it has fewer."""
+    found, bare = tokenizer.tokenize([prompt + text, text])
+    n_dropped = bare.n_content - n_tokens
+    if n_dropped <= 0:
+        return found.ids if n_dropped == 0 else None
+    end = len(found.ids) - found.n_suffix
+    return np.concatenate((found.ids[: end - n_dropped], found.ids[end:]))
+
+
+def check_folder(folder: str, encoder: Encoder, instruction: Instruction, texts: Iterable[StoredText]) -> None:
     """Refuse to go on with a folder whose vectors are not the model's, judging by the first chunk of a few texts.
 
     Raises:
@@ -54,7 +64,7 @@ def check_folder(folder: str, encoder: Encoder, prompt: str, texts: Iterable[Sto
     """
     heads = (replace(stored, chunks=stored.chunks[:1]) for stored in texts)
     with suppress(RuntimeError, MemoryError):  # the job will meet that as well, and knows what to do
-        for stored, cosine in disagreements(encoder, prompt, heads, MIN_COSINE_ROUGH):
+        for stored, cosine in disagreements(encoder, instruction, heads, MIN_COSINE_ROUGH):
             raise StoreMismatchError(
                 f"{folder}: the vector it holds of {stored.text[:40]!r} is not what the model gives (cosine "
                 f"{cosine:.4f}); asyncembed-store verify --recompute N --remove-damaged looks at N of its texts and "

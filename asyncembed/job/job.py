@@ -16,7 +16,7 @@ from asyncembed.admission import AdmissionQueue
 from asyncembed.assembly import Assembler
 from asyncembed.chunking import ChunkedText, Chunker
 from asyncembed.consumer import ConsumerStatistics, LimitEstimator
-from asyncembed.encoders import Encoder
+from asyncembed.encoders import Encoder, Instruction
 from asyncembed.engine import Engine, EngineHost
 from asyncembed.errors import StoreError
 from asyncembed.intake import Submission
@@ -211,7 +211,9 @@ class Job:
             if self._parts.host is None and encoder.backend in RUN_BY_US:
                 stored = await self._store.some(LOOKED_AT)
                 root = str(self._store.path)
-                await self._model_thread.run(check_folder, root, encoder, chunker.prompt, stored)
+                await self._model_thread.run(
+                    check_folder, root, encoder, Instruction(chunker.prompt, chunker.task), stored
+                )
             await self._run_stages(encoder, chunker)
             complete = True
         finally:

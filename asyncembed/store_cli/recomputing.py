@@ -53,7 +53,7 @@ class Recomputation:
             StoreMismatchError: The model is another than the folder's.
             ModelError: It cannot be loaded.
         """
-        from asyncembed.encoders import load_encoder
+        from asyncembed.encoders import Instruction, load_encoder
         from asyncembed.job.agreement import MIN_COSINE, MIN_COSINE_ROUGH, disagreements
         from asyncembed.job.loading import load_chunker, run_fingerprint
         from asyncembed.options import EmbedOptions
@@ -71,17 +71,19 @@ class Recomputation:
             trust_remote_code=self._choice.trust_remote_code,
             allow_pickle=self._choice.allow_pickle,
             prompt=made.get("prompt"),
+            task=made.get("task"),
             normalize_embeddings=made.get("normalize_embeddings", False),
         )
         encoder = load_encoder(options, dtype=made.get("dtype"))
         options = replace(options, truncate_dim=min(encoder.dim, made.get("dim", encoder.dim)))
-        ours = run_fingerprint(encoder, load_chunker(encoder, options), options)
+        chunker = load_chunker(encoder, options)
+        ours = run_fingerprint(encoder, chunker, options)
         # How a text was cut into chunks is in its file.
         ours |= {name: made[name] for name in ("chunk_size", "chunk_overlap", "long_texts", "splitter") if name in made}
         Header.of(made, {}).compare(Header.of(ours, {}), self._paths.root)
         least = MIN_COSINE if encoder.dtype == "float32" else MIN_COSINE_ROUGH
         ours_alone = (text for text in self._sample() if is_of(text, Header.of(made, {})))  # of others all is said
-        for wrong, cosine in disagreements(encoder, options.prompt or "", ours_alone, least):
+        for wrong, cosine in disagreements(encoder, Instruction(chunker.prompt, chunker.task), ours_alone, least):
             yield Fault(
                 self._paths.record(wrong.id), f"its vector is not what the model gives (cosine {cosine:.4f})", True
             )

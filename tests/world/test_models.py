@@ -215,6 +215,15 @@ async def test_model_of_words_equals_encode(kind: str, face: str, tmp_path: Path
     assert cosines(ours, expected).min() >= 0.99999
 
 
+@pytest.mark.parametrize("kind", ["word vectors", "bag of words", "word pieces"])
+async def test_model_of_words_long_text_is_truncated_where_asked(kind: str) -> None:
+    """Such a model gets the text and not our tokens."""
+    model = word_model(kind)
+    async with AsyncEmbedder(model, long_texts="truncate", chunk_size=2) as embedder:
+        (cut,) = await embedder.embed(["heron boat lamp rope"])
+    assert cosines([cut], [model.encode("heron boat")]).min() >= 0.99999
+
+
 @pytest.mark.parametrize("kind", ["word vectors", "bag of words"])
 async def test_model_of_words_text_of_unknown_words_fails(kind: str) -> None:
     async with AsyncEmbedder(word_model(kind)) as embedder:
