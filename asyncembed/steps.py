@@ -15,7 +15,7 @@ from asyncembed.backing_off import chunk_backing_off
 from asyncembed.chunking import Chunker
 from asyncembed.consumer import BROKEN_AFTER, LimitEstimator, broken_model, current_limit
 from asyncembed.encoders import Encoder, FailureKind, FloatMatrix, classify
-from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError, OptionsError
+from asyncembed.errors import CorruptRecordError, KilledBeforeError, ModelError, ModelOutOfMemoryError, OptionsError
 from asyncembed.heap import ChunkHeap
 from asyncembed.job import Pending
 from asyncembed.lane import WINDOW_CHUNKS, window_tokens
@@ -215,13 +215,15 @@ class PipelineSteps:
                 return
             self._second_chance.discard(chunk)
             reason = f"a chunk of {plural(chunk.length, 'token')} does not fit into memory even alone"
+        elif isinstance(error, KilledBeforeError):
+            reason = str(error)
         else:
             reason = f"the model failed on it: {type(error).__name__}: {error}"
         done = self._assembler.fail(chunk.owner, reason)
         if done is not None:
             self._heap.discard(done.owner)
             self._finish(done)
-        if error is not None:
+        if error is not None and not isinstance(error, KilledBeforeError):  # which says nothing about the model
             self._failed_in_a_row += 1
             if self._failed_in_a_row >= BROKEN_AFTER:
                 self._probe(error)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 import anyio
 import anyio.lowlevel
@@ -89,8 +89,9 @@ TURNS_TO_CLOSE = 3
 """Turns of the loop after which a stream whose `async for` was left by `break` has begun to close: the loop is told
 that the iterator is gone, makes a task of its end, and runs it."""
 
-_running: WeakSet[EmbedStream] = WeakSet()
-"""The streams of this process whose job has begun and not ended."""
+_running: dict[int, weakref.ref[EmbedStream]] = {}
+"""The streams of this process whose job has begun and not ended. Jobs run in many threads; each step of a plain dict is
+whole in all of them."""
 
 
 class EmbedStream:
@@ -116,7 +117,7 @@ class EmbedStream:
         self._used = False
         self._closed = False
         self._stop_requested = False
-        self.root: str | None = None
+        self._root: str | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "not started" if self._driver is None else "running"
@@ -266,16 +267,17 @@ class EmbedStream:
 
     async def _drive(self, job: Job, root: str | None) -> None:
         """Run the job, after those on the same folder that were left early and are closing."""
-        for other in [stream for stream in _running if root is not None and stream.root == root]:
-            await other.until_closed()
-        self.root = root
-        _running.add(self)
+        for other in [reference() for reference in list(_running.values())]:
+            if other is not None and root is not None and other._root == root:
+                await other._until_closed()
+        self._root = root
+        _running[id(self)] = weakref.ref(self)
         try:
             await _run_unwrapped(job)
         finally:
-            _running.discard(self)
+            _running.pop(id(self), None)
 
-    async def until_closed(self) -> None:
+    async def _until_closed(self) -> None:
         """Wait for the end of a job that is closing, or about to; at once if it is not, or runs on another loop."""
         for _ in range(TURNS_TO_CLOSE):
             if not self._closed:

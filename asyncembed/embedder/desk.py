@@ -18,7 +18,6 @@ from asyncembed.errors import OverloadedError, TextError
 from asyncembed.intake import Submission
 from asyncembed.lane import INTERACTIVE, Lane
 from asyncembed.records import AnyText
-from asyncembed.splitting import SECTION_CHARS
 from asyncembed.wording import plural
 
 
@@ -274,10 +273,16 @@ class Desk:
         self._queue(request).release(n_bytes)
 
 
+MOST_LOOKED_AT = 200
+"""Characters of the longest text whose characters are looked at one by one, on the event loop."""
+
+
 def _may_be_blank(text: AnyText) -> bool:
     """Whether a text has nothing but blanks, control characters and marks; a long one: nothing but blanks."""
-    if not isinstance(text, str) or len(text) > SECTION_CHARS:
-        return isinstance(text, str) and text.isspace()
+    if not isinstance(text, str):
+        return False
+    if len(text) > MOST_LOOKED_AT or text.isspace():
+        return text.isspace()
     return all(unicodedata.category(character)[0] in "ZCM" for character in text)
 
 

@@ -71,7 +71,8 @@ class AsyncEmbedder(EmbedderLife):
         document_prompt: str | None = None,
         **options: Any,
     ) -> None:
-        How(prompt=query_prompt), How(prompt=document_prompt)  # refuses what is no text
+        for prompt in (query_prompt, document_prompt):
+            How(prompt=prompt)  # refuses what is no text
         self._kind_prompts: dict[Kind, str | None] = {"query": query_prompt, "document": document_prompt}
         if max_pending_bytes is None:
             n_bytes = max(1, min(DEFAULT_PENDING_BYTES, available_bytes() // 4))
@@ -122,7 +123,7 @@ class AsyncEmbedder(EmbedderLife):
             OptionsError: An argument cannot be.
         """
         shape = vector_of if isinstance(texts, str) else matrix_of
-        found: FloatMatrix = await self._answer(texts, How(**how), deadline_s, shape)
+        found: FloatMatrix = await self._answer(texts, How.of(how), deadline_s, shape)
         return found
 
     async def embed_query(self, texts: str | Sequence[str], **how: Any) -> FloatVector | FloatMatrix:
@@ -148,7 +149,7 @@ class AsyncEmbedder(EmbedderLife):
             OptionsError: An argument cannot be.
         """
         good, faults = sort_texts(texts)
-        found: list[EmbeddedText] = await self._answer(good, How(**how), deadline_s, records_of)
+        found: list[EmbeddedText] = await self._answer(good, How.of(how), deadline_s, records_of)
         return with_faults(found, faults) if faults else found
 
     def embed_nowait(self, texts: str | Sequence[str], **how: Unpack[HowOptions]) -> asyncio.Future[Any]:
@@ -163,7 +164,7 @@ class AsyncEmbedder(EmbedderLife):
             OptionsError: An argument cannot be.
         """
         shape = vector_of if isinstance(texts, str) else matrix_of
-        return self._admit_now(check_texts(texts), How(**how), shape)
+        return self._admit_now(check_texts(texts), How.of(how), shape)
 
     def embed_counted_nowait(
         self, texts: Sequence[AnyText], **how: Unpack[HowOptions]
@@ -181,7 +182,7 @@ class AsyncEmbedder(EmbedderLife):
             ModelError: It is broken.
             OptionsError: An argument cannot be.
         """
-        return self._admit_now(check_inputs(texts), How(**how), counted_of)
+        return self._admit_now(check_inputs(texts), How.of(how), counted_of)
 
     def _admit_now(self, texts: Sequence[AnyText], how: How, shape: Callable[[Request], Any]) -> asyncio.Future[Any]:
         self._check_open()

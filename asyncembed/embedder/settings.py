@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
 from asyncembed.encoders import KINDS, Encoder, Instruction, Kind, kind_prompt_of, kind_task_of, prompt_of, task_of
@@ -70,6 +70,15 @@ class How:
     blanks: Blanks = "error"
     priority: Priority = "interactive"
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> How:
+        """What a call names, checked; what no call has is a `TypeError` that names those there are."""
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise TypeError(f"{name!r} is no argument of this call; there are {', '.join(names)}")
+        return cls(**given)
+
     def __post_init__(self) -> None:
         for name, allowed in (("kind", KINDS), ("blanks", get_args(Blanks))):
             if getattr(self, name) not in allowed:
@@ -86,11 +95,6 @@ class How:
 
         The prompt is the first of: the call's own, the embedder's for the kind, the model's for the kind if it is not
         empty, the embedder's for all.
-
-        Args:
-            encoder: The model.
-            options: The embedder's.
-            kind_prompts: The embedder's own prompts for queries and for documents.
 
         Raises:
             OptionsError: The model has no prompt of that name, or no such task.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
 from asyncembed.encoders import Encoder, Instruction, Tokenizer, input_of
 from asyncembed.errors import StoreMismatchError
-from asyncembed.records import Batch, Chunk, FloatVector, TokenIds
+from asyncembed.records import Batch, Chunk, EmbeddedChunk, FloatVector
 from asyncembed.sinks.record_file import StoredText
 
 MIN_COSINE = 0.9999
@@ -21,6 +20,9 @@ MIN_COSINE_ROUGH = 0.99
 
 LOOKED_AT = 3
 """Stored texts that are computed again before a job goes on with their folder."""
+
+LARGEST_LOOKED_AT = 256
+"""Tokens of the largest chunk that is computed again so: it runs alone, outside the limits of a job's batches."""
 
 RUN_BY_US = ("torch", "openvino")
 """Backends whose vectors must agree; what an encoder of the user's own promises, we do not know."""
@@ -37,23 +39,26 @@ def disagreements(
     for stored in texts:
         lowest = 1.0
         for chunk in stored.chunks:
-            ids = _ids_of(tokenizer, instruction.prompt, chunk.text, chunk.n_tokens)
-            if ids is None or len(ids) > max_tokens:
-                continue
-            row = Chunk(0, 0, chunk.text, 0, ids, chunk.n_tokens, 0, instruction.prompt, instruction.task)
-            lowest = min(lowest, _cosine(encoder.finish(encoder.start(Batch((row,))))[0], chunk.embedding))
+            row = _row_of(tokenizer, instruction, chunk)
+            if row is not None and row.length <= max_tokens:
+                lowest = min(lowest, _cosine(encoder.finish(encoder.start(Batch((row,))))[0], chunk.embedding))
         if not lowest >= least:
             yield stored, lowest
 
 
-def _ids_of(tokenizer: Tokenizer, prompt: str, text: str, n_tokens: int) -> TokenIds | None:
-    """Token ids of a chunk: the first `n_tokens` of its text, which may have been truncated; None if it has fewer."""
-    found, bare = tokenizer.tokenize([prompt + text, text])
-    n_dropped = bare.n_content - n_tokens
-    if n_dropped <= 0:
-        return found.ids if n_dropped == 0 else None
+def _row_of(tokenizer: Tokenizer, instruction: Instruction, chunk: EmbeddedChunk) -> Chunk | None:
+    """What was computed of a stored chunk: the first `n_tokens` tokens of its text, as it may have been truncated.
+
+    None if its text has fewer: it was tokenised otherwise.
+    """
+    found, bare = tokenizer.tokenize([instruction.prompt + chunk.text, chunk.text])
+    n_dropped = bare.n_content - chunk.n_tokens
+    if n_dropped < 0:
+        return None
     end = len(found.ids) - found.n_suffix
-    return np.concatenate((found.ids[: end - n_dropped], found.ids[end:]))
+    ids = np.concatenate((found.ids[: end - n_dropped], found.ids[end:]))
+    how = (instruction.prompt, instruction.task, n_dropped > 0)
+    return Chunk(0, 0, chunk.text, 0, ids, chunk.n_tokens, 0, *how)
 
 
 def check_folder(folder: str, encoder: Encoder, instruction: Instruction, texts: Iterable[StoredText]) -> None:
@@ -63,13 +68,18 @@ def check_folder(folder: str, encoder: Encoder, instruction: Instruction, texts:
         StoreMismatchError: One of them is another.
     """
     heads = (replace(stored, chunks=stored.chunks[:1]) for stored in texts)
-    with suppress(RuntimeError, MemoryError):  # the job will meet that as well, and knows what to do
-        for stored, cosine in disagreements(encoder, instruction, heads, MIN_COSINE_ROUGH):
-            raise StoreMismatchError(
-                f"{folder}: the vector it holds of {stored.text[:40]!r} is not what the model gives (cosine "
-                f"{cosine:.4f}); asyncembed-store verify --recompute N --remove-damaged looks at N of its texts and "
-                "removes such files; or choose another save path, or overwrite"
-            )
+    small = (stored for stored in heads if all(chunk.n_tokens <= LARGEST_LOOKED_AT for chunk in stored.chunks))
+    try:
+        wrong = next(disagreements(encoder, instruction, small, MIN_COSINE_ROUGH), None)
+    except Exception:  # the job will meet that as well, and knows what to do
+        return
+    if wrong is not None:
+        stored, cosine = wrong
+        raise StoreMismatchError(
+            f"{folder}: the vector it holds of {stored.text[:40]!r} is not what the model gives (cosine "
+            f"{cosine:.4f}); asyncembed-store verify --recompute N --remove-damaged looks at N of its texts and "
+            "removes such files; or choose another save path, or overwrite"
+        )
 
 
 def _cosine(computed: FloatVector, stored: FloatVector) -> float:

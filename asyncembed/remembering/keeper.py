@@ -320,10 +320,13 @@ class WatchedEncoder:
             return
         try:
             batch.vectors = self._encoder.finish(batch.handle)
-        except BaseException as error:  # whatever it is, `finish` raises it
+        except BaseException as error:
             batch.error = error
-        batch.handle = None
-        self._keeper.after(batch.n_tokens, batch.error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            batch.handle = None
+            self._keeper.after(batch.n_tokens, batch.error)
 
     def free_memory(self) -> None:
         """Give cached memory back."""

@@ -58,7 +58,7 @@ def make_app(service: Service) -> ASGIApp:
         exception_handlers={ApiError: _tell, HTTPException: _tell_http, Exception: _tell_bug},
     )
     if settings.api_key is not None:
-        app = _Lock(app, settings.api_key, frozenset(settings.root_path + path for path in OPEN_PATHS))
+        app = _KeyCheck(app, settings.api_key, frozenset(settings.root_path + path for path in OPEN_PATHS))
     if settings.cors_origins:  # around the lock: browsers send no key ahead of a request, and read why one is refused
         app = CORSMiddleware(
             app,
@@ -100,7 +100,7 @@ class _Gate:
             self._metrics.observe(_counted(path), status, time.perf_counter() - started)
 
 
-class _Lock:
+class _KeyCheck:
     """Lets those in who have the key."""
 
     def __init__(self, app: ASGIApp, key: str, open_paths: frozenset[str]) -> None:

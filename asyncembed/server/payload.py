@@ -37,6 +37,8 @@ KINDS: dict[str | None, Kind] = {
 ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F]..)|.)", re.DOTALL)
 """An escape of JSON: a whole surrogate pair, half of one, or any other."""
 
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
 TOKEN_IDS_REFUSED = (
     "'input' holds token ids, which mean other words in another model's vocabulary: send strings (LangChain's "
     "OpenAIEmbeddings does with check_embedding_ctx_length=False). For clients that have this model's own tokenizer, "
@@ -134,6 +136,8 @@ def _loads(body: bytes) -> Any:
         message = f"the body is no JSON that can be read: {error}"
     try:
         body.decode()
+        if SURROGATE.search(body) is None:
+            raise ApiError(400, message, code="invalid_json")
         return orjson.loads(ESCAPE.sub(lambda found: rb"\ufffd" if found["half"] else found[0], body))
     except UnicodeDecodeError:
         message = "the body is not UTF-8; clients that name it send it: 'Content-Type: application/json; charset=utf-8'"

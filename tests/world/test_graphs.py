@@ -476,20 +476,3 @@ def test_job_does_not_go_on_with_a_folder_of_wrong_vectors(data: Path, models: t
         ):
             generator.fill_texts(iter(TEXTS))
     assert len(list((data / "embeddings_data").iterdir())) == 6
-
-
-@pytest.mark.parametrize("how", [{"long_texts": "truncate"}, {"chunk_overlap": 2}, {"prompt": "find: "}])
-def test_sound_folder_of_long_texts_is_gone_on_with(
-    how: dict[str, Any], tmp_path: Path, models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What is computed again is what was computed, also of a text that was cut."""
-    texts = [f"{number} herons and boats on the river in the morning, in a storm" for number in range(4)]
-
-    async def run(n_texts: int) -> None:
-        data = tmp_path / "data"
-        await embed_stream(texts[:n_texts], model=models[0], backend="torch", chunk_size=5, save_path=data, **how)
-
-    asyncio.run(run(3))
-    asyncio.run(run(4))
-    assert store(["verify", str(tmp_path / "data"), "--recompute", "4"]) == 0
-    assert "4 computed again, 0 faults" in capsys.readouterr().out

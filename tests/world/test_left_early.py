@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sqlite3
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -56,6 +57,9 @@ async def test_break_on_a_loop_that_closes_no_iterators_prints_nothing_and_close
     finally:
         sys.set_asyncgen_hooks(*hooks)
     await all_tasks_done()
+    for thread in threading.enumerate():  # nobody was left to wait for the source's thread; it ends by itself
+        if thread.name == "asyncembed-source":
+            thread.join(30)
 
 
 def rows(database: sqlite3.Connection) -> Any:
