@@ -321,7 +321,7 @@ def test_bin_test_runs_all_checks_though_one_fails(tree: Path, tmp_path: Path) -
         ("ruff", ["check", "."]),
         ("ruff", ["format", "--check", "."]),
         ("mypy", []),
-        ("pytest", ["-k", "a b"]),
+        ("pytest", ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "-k", "a b"]),
     ]
     assert {run["folder"] for run in runs} == {str(tree)}
     assert "mypy (exit code 4)" in failed.stdout
