@@ -173,7 +173,7 @@ class TorchEncoder:
             "tokenizer": _tokenizer_hash(self.fast_tokenizer, self._tokenizer),
             "modules": hashlib.sha256(json.dumps(modules, sort_keys=True, default=str).encode()).hexdigest(),
             "dtype": self.dtype,
-            "max_tokens": self.max_tokens,
+            "max_tokens": _stated_limit(self.model),
             "dim": self.dim,
         }
 
@@ -389,11 +389,16 @@ def _prompt_of(model: Any, prompt: str | None, prompt_name: str | None) -> str:
 
 
 def _max_tokens_of(model: Any) -> int:
-    """Most tokens of a row: what the model says, or what its config does, but no more than it has positions for."""
+    """Most tokens of a row: what the model states, but no more than it has positions for."""
+    return min(_stated_limit(model), _n_positions(model[0]))
+
+
+def _stated_limit(model: Any) -> int:
+    """Most tokens of a row as the model says, or its config does: what folders record, also where it is too much."""
     limit = model.get_max_seq_length()
     if not _is_limit(limit):
         limit = getattr(getattr(model[0], "config", None), "max_position_embeddings", None)
-    return int(min(limit if _is_limit(limit) else UNLIMITED_TOKENS, _n_positions(model[0])))
+    return int(limit) if _is_limit(limit) else UNLIMITED_TOKENS
 
 
 def _is_limit(value: Any) -> bool:

@@ -64,11 +64,17 @@ def load_chunker(
             splitter=splitter,
         )
 
-    adopted = (recorded or {}).get("chunk_size")
-    if options.chunk_size is None and adopted is not None:
-        with suppress(OptionsError):  # of another model or prompt: the comparison of fingerprints will name it
+    adopted = (recorded or {}).get("chunk_size") if options.chunk_size is None else None
+    # Nobody chose it: an earlier version took all that the model states. What fits into a smaller chunk has the same
+    # vector. (Or it is another prompt's or model's: the comparison of fingerprints names that.)
+    is_all = adopted is not None and adopted >= chunker(None).chunk_size
+    if adopted is not None and not is_all:
+        with suppress(OptionsError):  # an overlap as large: the comparison of fingerprints names it
             return chunker(adopted)
-    return chunker(options.chunk_size or default_chunk_size(encoder, max_tokens))
+    made = chunker(options.chunk_size or default_chunk_size(encoder, max_tokens))
+    if is_all:
+        made.recorded_size = adopted
+    return made
 
 
 def run_fingerprint(encoder: Encoder, chunker: Chunker, options: EmbedOptions) -> dict[str, Any]:

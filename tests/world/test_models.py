@@ -22,6 +22,7 @@ from asyncembed import (
     TextError,
     embed_stream,
     load_encoder,
+    open_embeddings,
 )
 from tests.world.architectures import KINDS, WIDTH, make_model, save_bare, word_piece
 
@@ -115,6 +116,24 @@ async def test_model_of_folder_without_padding_token_is_embedded(tmp_path: Path,
 def test_model_whose_positions_begin_after_padding_takes_two_tokens_less(models: Models, kind: str) -> None:
     assert models(kind).max_seq_length == 66
     assert load_encoder(EmbedOptions(model=models(kind))).max_tokens == 64
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "mpnet"])
+async def test_model_whose_positions_begin_after_padding_folder_of_the_release_before_resumes(
+    models: Models, tmp_path: Path, kind: str
+) -> None:
+    """That took the limit of the config for the longest row, and so for a chunk: rows as long as it failed."""
+    before: Any = load_encoder(EmbedOptions(model=models(kind)))
+    before.max_tokens = 66
+    await embed_stream(["a heron"], model=before, save_path=tmp_path)
+    fingerprint = open_embeddings(tmp_path).fingerprint or {}
+    assert (fingerprint["max_tokens"], fingerprint["chunk_size"]) == (66, 64)
+    for backend in ("torch", "openvino"):
+        texts = ["a heron", f"{backend} {LONG}"]
+        async with embed_stream(texts, model=models(kind), backend=backend, save_path=tmp_path) as stream:
+            await stream
+        assert (stream.summary.cached, stream.summary.embedded) == (1, 1)
+    assert open_embeddings(tmp_path).fingerprint == fingerprint
 
 
 def test_model_given_a_limit_above_its_positions_is_cut_at_these(models: Models) -> None:
