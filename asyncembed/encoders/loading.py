@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from asyncembed.encoders.base import Encoder, default_chunk_size
 from asyncembed.encoders.hub import downloaded, offline_copy
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("asyncembed")
 
 _EMBEDDED_NAMES = (DEFAULT_MODEL, f"sentence-transformers/{DEFAULT_MODEL}")
+
+_told: WeakKeyDictionary[Encoder, int] = WeakKeyDictionary()
 
 
 def model_folder(model: str | os.PathLike[str]) -> Path | None:
@@ -65,10 +68,18 @@ def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
     """
     encoder = _load(options, dtype)
     check_dim(encoder, options)
-    size = default_chunk_size(encoder, encoder.max_tokens)
-    if size is not None and options.chunk_size is None:
-        logger.warning("the model %s names no limit: longer texts are cut into chunks of %d tokens", encoder.name, size)
     return encoder
+
+
+def tell_chunk_size(encoder: Encoder, options: EmbedOptions, chunk_size: int) -> None:
+    """Say once what longer texts are cut into, where neither the model nor the user names a limit."""
+    if options.chunk_size is not None or default_chunk_size(encoder, encoder.max_tokens) is None:
+        return
+    if _told.get(encoder) != chunk_size:
+        _told[encoder] = chunk_size
+        logger.warning(
+            "the model %s names no limit: longer texts are cut into chunks of %d tokens", encoder.name, chunk_size
+        )
 
 
 def check_dim(encoder: Encoder, options: EmbedOptions) -> None:
