@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import locale
-import logging
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from asyncembed.encoders.base import FloatMatrix
+from asyncembed.encoders.quiet import quiet_conversion
 from asyncembed.errors import ModelError
 
 MIN_COSINE = 0.99999
@@ -54,26 +53,12 @@ def convert(model: Any, *, with_types: bool, features: dict[str, Any]) -> Any:
 
     ids, mask, types = (torch.from_numpy(array) for array in _probe_rows(model, 7, 3, _pads_left(model)))
     example = (ids, mask, types) if with_types else (ids, mask)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), quiet_conversion():
         graph = ov.convert_model(Pipeline(), example_input=example)
     for number, name in enumerate(_INPUTS[: len(example)]):
         graph.inputs[number].get_node().set_friendly_name(name)
         graph.inputs[number].get_tensor().set_names({name})
     return graph
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tracer's remarks about constants, which the check on probes decides, and transformers' on configs."""
-    library = logging.getLogger("transformers")
-    level = library.level
-    library.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        library.setLevel(level)
 
 
 def save(graph: Any, path: Path) -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -16,6 +13,7 @@ from weakref import WeakKeyDictionary
 from asyncembed.encoders.base import Encoder, default_chunk_size
 from asyncembed.encoders.hub import downloaded, offline_copy
 from asyncembed.encoders.kinds import check_kind, check_live
+from asyncembed.encoders.quiet import quiet_loading
 from asyncembed.encoders.safety import check_weights, loading_error
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import DEFAULT_MODEL, EmbedOptions
@@ -185,9 +183,7 @@ def _load_torch(
     from asyncembed.encoders.weights import cached_hash, hash_tensors
 
     try:
-        # Tensors that are nowhere in the files are random: the same ones each time, so that a run can be gone on with.
-        with _quiet() as missing, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with quiet_loading() as missing:
             loaded = SentenceTransformer(
                 str(folder) if folder is not None else os.fspath(model),
                 device=device,
@@ -212,53 +208,6 @@ def _load_torch(
     return TorchEncoder(
         loaded, prompt=options.prompt, prompt_name=options.prompt_name, weights=weights, name=str(model)
     )
-
-
-class _LoadReports(logging.Filter):
-    """Takes transformers' reports on tensors out of its log, and keeps the names of those that are missing.
-
-    A pooler is left out: plain language models come without, and no pooling module looks at it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.missing: list[str] = []
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if "LOAD REPORT" not in text:
-            return True
-        names = re.findall(r"^(\S+(?: \S+)*) +\|.*MISSING", re.sub(r"\x1b\[[0-9;]*m", "", text), re.MULTILINE)
-        self.missing += [name for name in names if "pooler" not in name]
-        return False
-
-
-@contextmanager
-def _quiet() -> Iterator[list[str]]:
-    """Without the loader's own progress bars and reports, which would cut through ours, and its lines about each retry.
-
-    Yields:
-        The names of the tensors that the model lacks, filled meanwhile.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    hub, library = logging.getLogger("huggingface_hub"), logging.getLogger("transformers.modeling_utils")
-    levels = hub.level, library.level
-    hub.setLevel(logging.ERROR)
-    if not library.isEnabledFor(logging.WARNING):  # it makes no report for those who do not want to read one
-        library.setLevel(logging.WARNING)
-    reports = _LoadReports()
-    library.addFilter(reports)
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield reports.missing
-    finally:
-        library.removeFilter(reports)
-        hub.setLevel(levels[0])
-        library.setLevel(levels[1])
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _wrap_live(model: Any, options: EmbedOptions) -> Encoder:
