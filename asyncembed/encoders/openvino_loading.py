@@ -107,18 +107,18 @@ def _make(encoder: TorchEncoder, folder: Path | None, key: str | None) -> Cached
     model = encoder.model
     if encoder.fast_tokenizer.get_vocab_size() > model.transformers_model.get_input_embeddings().num_embeddings:
         raise ModelError("its tokenizer has more tokens than it has vectors for, of which OpenVINO reads others")
-    graph = convert(model, with_types=with_types, features=features)
+    graph = convert(encoder, with_types=with_types, features=features)
 
     def save_and_check(path: Path) -> GraphFacts:
         """What is checked is what later starts read: the file."""
         save(graph, path)
         compiled = compile_graph(ov, str(path), "float32")
-        pads_left = check(model, compiled, with_types=with_types, features=features, max_tokens=encoder.max_tokens)
+        pads_left = check(encoder, compiled, with_types=with_types, features=features)
         return GraphFacts(
             dim=encoder.dim,
             max_tokens=encoder.max_tokens,
             with_types=with_types,
-            pad_id=model.tokenizer.pad_token_id or 0,
+            pad_id=encoder.pad_id,
             pads_left=pads_left,
             unknown=encoder.unknown,
             prompts={name: text or "" for name, text in model.prompts.items()},

@@ -6,8 +6,8 @@ import gc
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -30,6 +30,9 @@ _POSITIONS = (
     ("embed_tokens", "embed_positions"),
 )
 """What text models call their tables of tokens and of positions, which stand side by side in one module."""
+
+_lending = threading.Lock()
+"""Held while a tokenizer has a padding token that is not its own: another encoder may have the same live model."""
 
 
 class TorchEncoder:
@@ -86,6 +89,9 @@ class TorchEncoder:
         self._takes_tasks = takes_tasks(model)
         self._tried: set[str] = set()
         self._running = threading.Lock()
+        self.pads_left = getattr(self._tokenizer, "padding_side", "right") == "left"
+        with _able_to_pad(self._tokenizer):
+            self.pad_id: int = getattr(self._tokenizer, "pad_token_id", None) or 0
         self._features: dict[str, Any] = {}
         self._takes_ids = self._probe()
         pools_without = any(getattr(module, "include_prompt", True) is False for module in model.children())
@@ -196,7 +202,7 @@ class TorchEncoder:
 
         try:
             with self._running, torch.inference_mode():
-                features = self._on_device(dict(self.model.preprocess([_PROBE], task=task)))
+                features = self._on_device(self._preprocess([_PROBE], "", task))
                 self.model(features, task=task)
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -233,14 +239,14 @@ class TorchEncoder:
 
     def _choose_side(self) -> None:
         """Pad on the right where padding on the left, as the tokenizer says, would give a text other positions."""
-        if not self._takes_ids or self._tokenizer.padding_side != "left":
+        if not self._takes_ids or not self.pads_left:
             return
         tokenizer = self.tokenizer()
         probe, longer = (Chunk(0, 0, "", 0, tokenizer.tokenize([text])[0].ids, 1) for text in ("A probe", _PROBE))
         alone = self.finish(self.start(Batch((probe,))))[0]
         beside = self.finish(self.start(Batch((probe, longer))))[0]
         if float(alone @ beside) < 0.9999 * float(np.linalg.norm(alone) * np.linalg.norm(beside)):
-            self._tokenizer.padding_side = "right"
+            self.pads_left = False
 
     def _output_of_probe(self) -> Mapping[str, Any]:
         import torch
@@ -259,9 +265,14 @@ class TorchEncoder:
 
     def _features_of_probe(self) -> dict[str, Any]:
         try:
-            return dict(self.model.preprocess([_PROBE], prompt=self.prompt or None, **self._told(self.first_task)))
+            return self._preprocess([_PROBE], self.prompt, self.first_task)
         except Exception as error:
             raise _no_vector(self.name, error) from error
+
+    def _preprocess(self, texts: list[str], prompt: str, task: str | None) -> dict[str, Any]:
+        """What the model's own preprocessing makes of texts."""
+        with _able_to_pad(_tokenizer_of(route_of(self.model, task if self.has_routes else None))):
+            return dict(self.model.preprocess(texts, prompt=prompt or None, **self._told(task)))
 
     def _find_weights(self) -> str:
         if not self._shows_weights():
@@ -294,24 +305,22 @@ class TorchEncoder:
 
     def _forward(self, batch: Batch, prompt: str = "", task: str | None = None) -> Any:
         """Vectors of a batch, whose rows have one prompt and task where the model is told of them."""
-        told = self._told(task)
-        features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt, told)
+        features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt, task)
         if self._takes_ids and self._sees_prompts:
             features.pop("prompt_length", None)
-            probe = dict(self.model.preprocess([_PROBE], prompt=prompt or None))
+            probe = self._preprocess([_PROBE], prompt, None)
             if "prompt_length" in probe:
                 features["prompt_length"] = probe["prompt_length"]
-        return self.model(self._on_device(features), **told)["sentence_embedding"]
+        return self.model(self._on_device(features), **self._told(task))["sentence_embedding"]
 
     def _from_ids(self, batch: Batch) -> dict[str, Any]:
         import torch
 
         rows, longest = len(batch.chunks), batch.longest
-        ids = np.full((rows, longest), self._tokenizer.pad_token_id or 0, np.int64)
+        ids = np.full((rows, longest), self.pad_id, np.int64)
         mask = np.zeros((rows, longest), np.int64)
-        left = self._tokenizer.padding_side == "left"
         for row, chunk in enumerate(batch.chunks):
-            place = slice(longest - chunk.length, longest) if left else slice(0, chunk.length)
+            place = slice(longest - chunk.length, longest) if self.pads_left else slice(0, chunk.length)
             ids[row, place] = chunk.ids
             mask[row, place] = 1
         features = {**self._features, "input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
@@ -319,14 +328,14 @@ class TorchEncoder:
             features["token_type_ids"] = torch.zeros((rows, longest), dtype=torch.int64)
         return features
 
-    def _from_texts(self, batch: Batch, prompt: str, told: dict[str, str]) -> dict[str, Any]:
+    def _from_texts(self, batch: Batch, prompt: str, task: str | None) -> dict[str, Any]:
         texts = [chunk.text for chunk in batch.chunks]
         if any(chunk.is_cut for chunk in batch.chunks):
-            tokenizer, _ = self.input_of(told.get("task"))
+            tokenizer, _ = self.input_of(task)
             for row, chunk in enumerate(batch.chunks):
                 if chunk.is_cut:
                     texts[row] = chunk.text[: tokenizer.spans(chunk.text)[chunk.n_tokens - 1][1]]
-        return dict(self.model.preprocess(texts, prompt=prompt or None, **told))
+        return self._preprocess(texts, prompt, task)
 
 
 def _rows_by_instruction(batch: Batch) -> dict[tuple[str, str | None], list[int]]:
@@ -366,15 +375,30 @@ def _no_vector(name: str, error: Exception) -> ModelError:
 
 
 def _tokenizer_of(model: Any) -> Any:
-    """The model's tokenizer, able to pad; None if there is none."""
+    """The model's tokenizer; None if there is none."""
     tokenizer: Any = getattr(model, "tokenizer", None)
     if tokenizer is not None and not callable(tokenizer):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # one of transformers, dressed up as one of words
-    if getattr(tokenizer, "pad_token", "") is None:
-        # Models that were made to continue texts have none, and `encode` refuses even one text then. Any token will do:
-        # the mask hides it.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+@contextmanager
+def _able_to_pad(tokenizer: Any) -> Iterator[None]:
+    """With a padding token for a while, where there is none: the model may be live, and the user's.
+
+    Models that were made to continue texts have none, and `encode` refuses even one text then. Any token will do: the
+    mask hides it.
+    """
+    with _lending:
+        is_lent = getattr(tokenizer, "pad_token", "") is None
+        if is_lent:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+            try:
+                yield
+            finally:
+                tokenizer.pad_token = None
+    if not is_lent:
+        yield
 
 
 def _prompt_of(model: Any, prompt: str | None, prompt_name: str | None) -> str:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from asyncembed import EmbedOptions, load_encoder
+from asyncembed import EmbedOptions, embed_stream, load_encoder
 from tests.world.architectures import make_model
 
 LOGS = ("huggingface_hub", "transformers", "transformers.modeling_utils")
 
 
 @pytest.fixture(autouse=True)
-def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    gc.collect()  # encoders remove their temporary graphs, and not in the event loop of another test
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +103,35 @@ def test_model_of_the_programs_own_that_lacks_tensors_meanwhile_is_not_ours(
         finally:
             library.removeHandler(handler)
     assert [True for message in caplog.messages if "LOAD REPORT" in message] == [True]
+
+
+# --- a live model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+async def test_live_model_keeps_its_tokenizer_as_it_was(kind: str, backend: str, tmp_path: Path) -> None:
+    """It pads on the left, where its positions would be others, and may have no padding token: that is ours to mend."""
+    live = make_model(kind, tmp_path)
+    live.tokenizer.padding_side = "left"
+    texts = ["a", "the boat at the mooring needs a new rope"]
+    before = (live.tokenizer.padding_side, live.tokenizer.pad_token, len(live.tokenizer))
+    assert (before[1] is None) == (kind == "gpt2")
+    expected = live.encode(texts) if kind == "bert" else None
+    vectors = await embed_stream(texts, model=live, backend=backend, token_limit=1000, save_path=None)
+    assert (live.tokenizer.padding_side, live.tokenizer.pad_token, len(live.tokenizer)) == before
+    if expected is not None:
+        np.testing.assert_array_equal(live.encode(texts), expected)
+    live.tokenizer.pad_token = live.tokenizer.pad_token or live.tokenizer.eos_token
+    alone = [live.encode(text) for text in texts]
+    np.testing.assert_allclose([vectors[text] for text in texts], alone, atol=1e-4)
+
+
+async def test_live_model_with_a_prompt_that_is_not_pooled_keeps_its_tokenizer(tmp_path: Path) -> None:
+    """Such a model is asked for the prompt's length at each batch."""
+    live = make_model("gpt2", tmp_path)
+    live[1].include_prompt = False
+    vectors = await embed_stream(["a boat"], model=live, prompt="query: ", backend="torch", save_path=None)
+    assert live.tokenizer.pad_token is None
+    live.tokenizer.pad_token = live.tokenizer.eos_token
+    np.testing.assert_allclose(vectors["a boat"], live.encode("a boat", prompt="query: "), atol=1e-4)
