@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
 from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, FloatMatrix, Tokenizer
+from asyncembed.encoders.prompts import without_tasks
 from asyncembed.encoders.tasks import first_task, resolve_task, route_of, router_of, takes_tasks, task_limit
 from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer, WordTokenizer, unknown_of
 from asyncembed.encoders.weights import hash_tensors
@@ -89,6 +90,7 @@ class TorchEncoder:
         self._takes_tasks = takes_tasks(model)
         self._tried: set[str] = set()
         self._running = threading.Lock()
+        self._cutters: dict[str | None, Tokenizer] = {}  # the model's thread alone uses them
         self.pads_left = getattr(self._tokenizer, "padding_side", "right") == "left"
         with _able_to_pad(self._tokenizer):
             self.pad_id: int = getattr(self._tokenizer, "pad_token_id", None) or 0
@@ -113,7 +115,7 @@ class TorchEncoder:
         Raises:
             OptionsError: The model has no such route; the message names those it has.
         """
-        return resolve_task(self.model, task)
+        return resolve_task(self.model, task) if self._takes_tasks else without_tasks(task)
 
     def input_of(self, task: str | None) -> tuple[Tokenizer, int]:
         """A tokenizer of the caller's own, and the most tokens of a row, for a task. May be called from any thread.
@@ -331,10 +333,12 @@ class TorchEncoder:
     def _from_texts(self, batch: Batch, prompt: str, task: str | None) -> dict[str, Any]:
         texts = [chunk.text for chunk in batch.chunks]
         if any(chunk.is_cut for chunk in batch.chunks):
-            tokenizer, _ = self.input_of(task)
+            if task not in self._cutters:
+                self._cutters[task] = self.input_of(task)[0]
+            spans = self._cutters[task].spans
             for row, chunk in enumerate(batch.chunks):
                 if chunk.is_cut:
-                    texts[row] = chunk.text[: tokenizer.spans(chunk.text)[chunk.n_tokens - 1][1]]
+                    texts[row] = chunk.text[: spans(chunk.text)[chunk.n_tokens - 1][1]]
         return self._preprocess(texts, prompt, task)
 
 
