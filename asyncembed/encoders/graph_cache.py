@@ -243,7 +243,8 @@ def _prune(current: Path, made_for: Mapping[str, object]) -> None:
             continue
         if folder.name.startswith(".") or _made_for(folder) in (None, made_for):
             _remove_unused(folder)
-        else:
+            continue
+        with contextlib.suppress(OSError):  # removed by another process just now
             others.append((folder.stat().st_mtime, folder))
     n_bytes = _size(current)
     for _, folder in sorted(others, reverse=True):

@@ -133,6 +133,7 @@ def _make(encoder: TorchEncoder, folder: Path | None, key: str | None) -> Cached
 def _encoder(graph: CachedGraph, options: EmbedOptions, dtype: str) -> OpenVinoEncoder:
     prompt = resolve_prompt(graph.facts, options.prompt, options.prompt_name)
     if prompt is None:
+        graph.release()
         raise OptionsError(
             f"the model has no prompt named {options.prompt_name!r}; it has {sorted(graph.facts.prompts)}"
         )
