@@ -132,24 +132,31 @@ def _try_openvino(
     from asyncembed.encoders.openvino_loading import check_dtype, convert_and_keep, load_cached
 
     encoder: Encoder | None = None
+    torch_encoder: TorchEncoder | None = None
     with ThreadPoolExecutor(1, "asyncembed-hash") as executor:  # beside the import of OpenVINO, which takes longer
         hashing = executor.submit(graph_key, folder) if folder is not None else None
         obstacle = check_dtype(dtype)
     key = hashing.result() if hashing is not None and obstacle is None else None
+    if folder is None and obstacle is None:
+        # Which of its files are meant is known when the hub has been asked: it may have newer ones.
+        torch_encoder = _load_torch(model, None, options, "cpu", "float32")
+        folder = downloaded(os.fspath(model))
+        key = graph_key(folder) if folder is not None else None
     try:
         if key is not None:
             encoder = load_cached(key, options, dtype)
     except ModelError as error:
         obstacle = str(error)
     if obstacle is None and encoder is None:
-        torch_encoder = _load_torch(model, folder, options, "cpu", "float32")
+        if torch_encoder is None:
+            torch_encoder = _load_torch(model, folder, options, "cpu", "float32")
         try:
             return convert_and_keep(torch_encoder, folder, key, options, dtype), None
         except ModelError as error:
             obstacle = str(error)
-            encoder = torch_encoder if dtype == "float32" else None
     if obstacle is not None:
         logger.info("%s runs on torch and not on OpenVINO: %s", os.fspath(model), obstacle)
+        encoder = torch_encoder if dtype == "float32" else None
     return encoder, obstacle
 
 

@@ -55,8 +55,8 @@ def convert_and_keep(
 
     Args:
         encoder: The model, loaded from `folder`.
-        folder: Where it lies; None for one that is live, or known to a hub only. Its graph is not kept.
-        key: The key of `folder` before the model was loaded.
+        folder: Where it lies; None for one that is live. Its graph is not kept.
+        key: The key of `folder`, from before the model was loaded if it can be changed.
         options: What the user chose.
         dtype: Precision of the arithmetic.
 
