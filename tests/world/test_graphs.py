@@ -335,6 +335,29 @@ def test_cache_that_cannot_be_written_is_said_and_the_graph_used_all_the_same(
     assert caplog.text == ""
 
 
+def test_temporary_graphs_of_killed_processes_are_removed_after_a_day(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    options = EmbedOptions(model=SentenceTransformer(str(model), device="cpu"), backend="openvino")
+    in_use = load_encoder(options)
+    (folder,) = temporary.iterdir()
+    killed, just_now, theirs = (temporary / f"{folder.name[:-1]}{name}" for name in ("killed", "now", "theirs"))
+    for copy in (killed, just_now, theirs):
+        shutil.copytree(folder, copy)
+    (theirs / "lock").unlink()  # whatever it is, it is none of ours
+    for old in (folder, killed):
+        os.utime(old / "lock", (0, 0))
+    another = load_encoder(options)
+    assert {folder, just_now, theirs} < set(temporary.iterdir())
+    assert len(list(temporary.iterdir())) == 4
+    del in_use, another
+    gc.collect()
+    assert set(temporary.iterdir()) == {just_now, theirs}
+
+
 def test_full_disk_at_the_first_conversion_is_said_and_forgotten(
     model: Path, expected: tuple[Any, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
