@@ -17,6 +17,7 @@ from asyncembed.encoders.quiet import quiet_loading
 from asyncembed.encoders.safety import check_weights, loading_error
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import DEFAULT_MODEL, EmbedOptions
+from asyncembed.wording import first_line
 
 if TYPE_CHECKING:
     from asyncembed.encoders.torch_encoder import TorchEncoder
@@ -247,6 +248,5 @@ def _choose_device(name: str) -> str:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OptionsError(f"device={name!r} cannot be used here: {reason}") from error
+        raise OptionsError(f"device={name!r} cannot be used here: {first_line(error)}") from error
     return name

@@ -23,6 +23,7 @@ from asyncembed.encoders.graph_cache import (
 from asyncembed.encoders.openvino_encoder import OpenVinoEncoder, compile_graph, import_openvino, supported_dtypes
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import EmbedOptions
+from asyncembed.wording import first_line
 
 if TYPE_CHECKING:
     from asyncembed.encoders.torch_encoder import TorchEncoder
@@ -69,7 +70,7 @@ def convert_and_keep(
     try:
         graph = _make(encoder, folder, key)
     except Exception as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = first_line(error)
         message = reason if isinstance(error, ModelError) else f"it does not convert: {type(error).__name__}: {reason}"
         if not _may_pass(error):
             if key is not None:

@@ -21,6 +21,7 @@ from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer, WordTok
 from asyncembed.encoders.weights import hash_tensors
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.records import Batch, Chunk
+from asyncembed.wording import first_line
 
 _PROBE = "A probe: 3 words, and (some) punctuation."
 _PLAIN_FEATURES = {"input_ids", "attention_mask", "token_type_ids", "modality", "prompt_length"}
@@ -207,8 +208,7 @@ class TorchEncoder:
                 features = self._on_device(self._preprocess([_PROBE], "", task))
                 self.model(features, task=task)
         except (ValueError, KeyError, TypeError, AssertionError) as error:
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise OptionsError(f"the model does not take task={task!r}: {said}") from error
+            raise OptionsError(f"the model does not take task={task!r}: {first_line(error)}") from error
         self._tried.add(task)
 
     def _probe(self) -> bool:
@@ -374,8 +374,7 @@ def _no_pooling(name: str) -> ModelError:
 
 
 def _no_vector(name: str, error: Exception) -> ModelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ModelError(f"the model {name!r} cannot embed a text: {type(error).__name__}: {reason}")
+    return ModelError(f"the model {name!r} cannot embed a text: {type(error).__name__}: {first_line(error)}")
 
 
 def _tokenizer_of(model: Any) -> Any:
