@@ -74,6 +74,9 @@ class Chunker:
             `length_function` is this chunker's `count` is asked only for texts longer than its own chunk size; any
             other is asked for every text.
 
+    Attributes:
+        recorded_size: What the fingerprint calls `chunk_size`: a folder may record more than the model takes.
+
     Raises:
         OptionsError: The prompt leaves no room for a text, `chunk_size` is more than the model takes, or
             `chunk_overlap` is not smaller than a chunk.
@@ -114,6 +117,7 @@ class Chunker:
             raise OptionsError(
                 f"chunk_overlap={chunk_overlap} must be smaller than a chunk of {plural(self.chunk_size, 'token')}"
             )
+        self.recorded_size = self.chunk_size
         self.chunk_overlap = chunk_overlap
         self.long_texts = long_texts
         self._splitter = splitter
@@ -142,7 +146,7 @@ class Chunker:
     def fingerprint(self) -> dict[str, Any]:
         """What of the chunking changes a vector: settings, and the splitter's class, attributes and its work."""
         found: dict[str, Any] = {
-            "chunk_size": self.chunk_size,
+            "chunk_size": self.recorded_size,
             "chunk_overlap": self.chunk_overlap,
             "long_texts": self.long_texts,
         }

@@ -15,7 +15,7 @@ from asyncembed.chunking import TokenCounter
 from asyncembed.consumer import LimitEstimator
 from asyncembed.embedder.forks import watch
 from asyncembed.encode_settings import options_of
-from asyncembed.encoders import Encoder, FloatMatrix, Instruction, input_of, instruction_of
+from asyncembed.encoders import Encoder, FloatMatrix, Instruction, input_of, instruction_of, tell_chunk_size
 from asyncembed.iterables import check_source, without_line_ends
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
 from asyncembed.job.agreement import LOOKED_AT, RUN_BY_US, check_folder
@@ -349,6 +349,7 @@ class EmbeddingGenerator:
         recorded = fingerprint_of(writer.header) if writer is not None else {}
         encoder = self._encoder(recorded)
         chunker = load_chunker(encoder, options, splitter=self._chosen_splitter(), recorded=recorded)
+        tell_chunk_size(encoder, options, chunker.chunk_size)
         if writer is not None:
             writer.claim(run_fingerprint(encoder, chunker, options), encoder.made_with())
             if encoder.backend in RUN_BY_US:

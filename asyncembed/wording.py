@@ -1,4 +1,4 @@
-"""Numbers and kinds of things as messages put them."""
+"""Numbers, kinds of things and errors as messages put them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def kind_of(value: object) -> str:
     if value is None or name == "bytes":
         return "None" if value is None else name
     return f"{'an' if name[:1].lower() in tuple('aeio') else 'a'} {name}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
 
 
 def why_no_text(place: str, value: object) -> str:

@@ -16,7 +16,7 @@ from asyncembed.embedder.chunkers import InstructionChunkers, LongTextChunkers
 from asyncembed.embedder.desk import Desk
 from asyncembed.embedder.forks import watch
 from asyncembed.embedder.statistics import EmbedderStatistics, State
-from asyncembed.encoders import Encoder, load_encoder
+from asyncembed.encoders import Encoder, load_encoder, tell_chunk_size
 from asyncembed.engine import Engine
 from asyncembed.errors import AsyncEmbedError, ClosedError, ModelError
 from asyncembed.lane import Lane
@@ -274,7 +274,9 @@ class EmbedderLife:
 
 def _load(options: EmbedOptions) -> tuple[Encoder, InstructionChunkers]:
     encoder = load_encoder(options)
-    return encoder, InstructionChunkers(encoder, options)
+    chunkers = InstructionChunkers(encoder, options)
+    tell_chunk_size(encoder, options, chunkers.chunk_size)
+    return encoder, chunkers
 
 
 def _closed() -> AsyncEmbedError:

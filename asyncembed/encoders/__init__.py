@@ -2,7 +2,7 @@
 
 from asyncembed.encoders.base import Encoder, FloatMatrix, IdTokenizer, Tokenized, Tokenizer, default_chunk_size
 from asyncembed.encoders.failures import FailureKind, classify
-from asyncembed.encoders.loading import check_dim, load_encoder
+from asyncembed.encoders.loading import check_dim, load_encoder, tell_chunk_size
 from asyncembed.encoders.prompts import (
     KINDS,
     Instruction,
@@ -35,4 +35,5 @@ __all__ = [
     "load_encoder",
     "prompt_of",
     "task_of",
+    "tell_chunk_size",
 ]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import locale
-import logging
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from asyncembed.encoders.base import FloatMatrix
+from asyncembed.encoders.quiet import quiet_conversion
 from asyncembed.errors import ModelError
+
+if TYPE_CHECKING:
+    from asyncembed.encoders.torch_encoder import TorchEncoder
 
 MIN_COSINE = 0.99999
 """The graph's float32 vectors must agree with torch's by this much on every probe row."""
@@ -24,11 +26,11 @@ _LONGEST = 2048  # the longest probe: a larger one could itself exhaust the memo
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def convert(model: Any, *, with_types: bool, features: dict[str, Any]) -> Any:
+def convert(encoder: TorchEncoder, *, with_types: bool, features: dict[str, Any]) -> Any:
     """The graph of transformer, pooling and all that follows, as an `openvino.Model`.
 
     Args:
-        model: The SentenceTransformer, in float32 on the CPU.
+        encoder: Runs the model, in float32 on the CPU.
         with_types: Whether it takes `token_type_ids`.
         features: Further features that it wants, constant for all batches.
 
@@ -44,7 +46,7 @@ def convert(model: Any, *, with_types: bool, features: dict[str, Any]) -> Any:
     class Pipeline(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = model
+            self.model = encoder.model
 
         def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None) -> Any:
             given = {**features, "input_ids": input_ids, "attention_mask": attention_mask}
@@ -52,28 +54,14 @@ def convert(model: Any, *, with_types: bool, features: dict[str, Any]) -> Any:
                 given["token_type_ids"] = token_type_ids
             return self.model(given)["sentence_embedding"]
 
-    ids, mask, types = (torch.from_numpy(array) for array in _probe_rows(model, 7, 3, _pads_left(model)))
+    ids, mask, types = (torch.from_numpy(array) for array in _probe_rows(encoder, 7, 3, encoder.pads_left))
     example = (ids, mask, types) if with_types else (ids, mask)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), quiet_conversion():
         graph = ov.convert_model(Pipeline(), example_input=example)
     for number, name in enumerate(_INPUTS[: len(example)]):
         graph.inputs[number].get_node().set_friendly_name(name)
         graph.inputs[number].get_tensor().set_names({name})
     return graph
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tracer's remarks about constants, which the check on probes decides, and transformers' on configs."""
-    library = logging.getLogger("transformers")
-    level = library.level
-    library.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        library.setLevel(level)
 
 
 def save(graph: Any, path: Path) -> None:
@@ -123,10 +111,10 @@ def _decimal_points() -> Iterator[None]:
         libc.freelocale(plain)
 
 
-def check(model: Any, compiled: Any, *, with_types: bool, features: dict[str, Any], max_tokens: int) -> bool:
+def check(encoder: TorchEncoder, compiled: Any, *, with_types: bool, features: dict[str, Any]) -> bool:
     """Compare the compiled graph with torch on rows of several lengths up to the longest, with and without padding.
 
-    Torch pads on the tokenizer's side. A decoder padded on the left has positions that attend to nothing, of which
+    Torch pads on the encoder's side. A decoder padded on the left has positions that attend to nothing, of which
     OpenVINO makes NaN; if the graph fails so, it is tried with padding on the right, which causal attention ignores.
 
     Returns:
@@ -137,8 +125,8 @@ def check(model: Any, compiled: Any, *, with_types: bool, features: dict[str, An
     """
     request = compiled.create_infer_request()
     reasons: list[str] = []
-    for pads_left in dict.fromkeys((_pads_left(model), False)):
-        reason = _disagreement(model, request, pads_left, with_types, features, max_tokens)
+    for pads_left in dict.fromkeys((encoder.pads_left, False)):
+        reason = _disagreement(encoder, request, pads_left, with_types, features)
         if reason is None:
             return pads_left
         reasons.append(reason)
@@ -146,20 +134,21 @@ def check(model: Any, compiled: Any, *, with_types: bool, features: dict[str, An
 
 
 def _disagreement(
-    model: Any, request: Any, pads_left: bool, with_types: bool, features: dict[str, Any], max_tokens: int
+    encoder: TorchEncoder, request: Any, pads_left: bool, with_types: bool, features: dict[str, Any]
 ) -> str | None:
     """Where graph and torch differ; None if nowhere."""
     import torch
 
+    max_tokens = encoder.max_tokens
     for length in sorted({*(min(length, max_tokens) for length in _LENGTHS), min(max_tokens, _LONGEST)}):
         for n_rows in (1, 4) if length <= _LENGTHS[-1] else (1,):
-            arrays = _probe_rows(model, length, n_rows, _pads_left(model))
+            arrays = _probe_rows(encoder, length, n_rows, encoder.pads_left)
             given = {name: torch.from_numpy(array) for name, array in zip(_INPUTS, arrays, strict=True)}
             if not with_types:
                 del given["token_type_ids"]
             with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-                expected = model({**features, **given})["sentence_embedding"].float().numpy()
-            request.infer(list(_probe_rows(model, length, n_rows, pads_left)[: 3 if with_types else 2]))
+                expected = encoder.model({**features, **given})["sentence_embedding"].float().numpy()
+            request.infer(list(_probe_rows(encoder, length, n_rows, pads_left)[: 3 if with_types else 2]))
             found = request.get_output_tensor(0).data.copy()
             worst = float(_cosines(found, expected).min()) if found.shape == expected.shape else 0.0
             if not worst >= MIN_COSINE:
@@ -167,16 +156,12 @@ def _disagreement(
     return None
 
 
-def _pads_left(model: Any) -> bool:
-    return bool(model.tokenizer.padding_side == "left")
-
-
-def _probe_rows(model: Any, length: int, n_rows: int, pads_left: bool) -> Sequence[Any]:
+def _probe_rows(encoder: TorchEncoder, length: int, n_rows: int, pads_left: bool) -> Sequence[Any]:
     """Ids, mask and types of rows that get shorter; int64. The same contents on either side of the padding."""
     rng = np.random.default_rng(length)
-    size = min(int(getattr(model.tokenizer, "vocab_size", 1000) or 1000), 20_000)
+    size = min(int(getattr(encoder.model.tokenizer, "vocab_size", 1000) or 1000), 20_000)
     contents = rng.integers(min(size - 1, size // 20), size, (n_rows, length), dtype=np.int64)
-    ids = np.full((n_rows, length), model.tokenizer.pad_token_id or 0, np.int64)
+    ids = np.full((n_rows, length), encoder.pad_id, np.int64)
     mask = np.zeros((n_rows, length), np.int64)
     for row in range(n_rows):
         n_tokens = max(2, length - row * length // (n_rows + 1))

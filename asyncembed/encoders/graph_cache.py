@@ -39,6 +39,7 @@ MAX_BYTES = 8 << 30
 _FORMAT = 2  # those of format 1 may have been saved under a locale that breaks their numbers
 _FILES = ("model.xml", "model.bin", "tokenizer.json")
 _MAKERS = ("openvino", "asyncembed", "torch", "transformers", "sentence-transformers", "tokenizers")
+_TEMPORARY = "asyncembed-graph-"
 _DAY_S = 86_400
 
 
@@ -162,18 +163,32 @@ def keep_graph(key: str | None, source: Path | None, tokenizer: str, save: Calla
                 "the graph cannot be kept in %s for the next start, which converts the model again (%s); "
                 "this run uses a temporary folder", cache_root(), str(error),  # its frames would keep the model alive
             )  # fmt: skip
-    folder = Path(tempfile.mkdtemp(prefix="asyncembed-"))
-    remove = partial(_remove_temporary, folder, os.getpid())
+    _prune_temporary()
+    folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+    release = _nothing
     try:
-        return CachedGraph(folder, _fill(folder, tokenizer, save), remove)
+        (folder / "lock").touch()
+        release = _use(folder)
+        return CachedGraph(
+            folder, _fill(folder, tokenizer, save), partial(_remove_temporary, folder, os.getpid(), release)
+        )
     except BaseException:
-        remove()
+        _remove_temporary(folder, os.getpid(), release)
         raise
 
 
-def _remove_temporary(folder: Path, maker: int) -> None:
+def _remove_temporary(folder: Path, maker: int, release: Callable[[], None]) -> None:
+    release()
     if os.getpid() == maker:  # and not when a forked child ends
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prune_temporary() -> None:
+    """Remove temporary graphs of processes that were killed, once they are a day old."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):  # another user's, or removed by another process
+            if time.time() - (folder / "lock").stat().st_mtime > _DAY_S:
+                _remove_unused(folder)
 
 
 def _keep(key: str, source: Path | None, tokenizer: str, save: Callable[[Path], GraphFacts]) -> CachedGraph:
@@ -243,7 +258,8 @@ def _prune(current: Path, made_for: Mapping[str, object]) -> None:
             continue
         if folder.name.startswith(".") or _made_for(folder) in (None, made_for):
             _remove_unused(folder)
-        else:
+            continue
+        with contextlib.suppress(OSError):  # removed by another process just now
             others.append((folder.stat().st_mtime, folder))
     n_bytes = _size(current)
     for _, folder in sorted(others, reverse=True):

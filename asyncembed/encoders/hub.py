@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from asyncembed.errors import ModelError
+from asyncembed.wording import first_line
 
 
 def downloaded(name: str) -> Path | None:
@@ -40,13 +41,10 @@ def offline_copy(name: str) -> Path | None:
             return folder
         raise ModelError(
             f"there is no folder {name!r}, no model of that name was downloaded before, and the hub cannot be asked "
-            f"for one ({_first_line(error)}). Give the path of a model's folder, or check the name and the network"
+            f"for one ({first_line(error).rstrip('.')}). Give the path of a model's folder, or check the name and the "
+            "network"
         ) from error
     return None  # whatever it answered: what it has against the model is told when that is loaded
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _full_names(name: str) -> tuple[str, ...]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from asyncembed.encoders.base import Encoder, default_chunk_size
 from asyncembed.encoders.hub import downloaded, offline_copy
 from asyncembed.encoders.kinds import check_kind, check_live
+from asyncembed.encoders.quiet import quiet_loading
 from asyncembed.encoders.safety import check_weights, loading_error
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import DEFAULT_MODEL, EmbedOptions
+from asyncembed.wording import first_line
 
 if TYPE_CHECKING:
     from asyncembed.encoders.torch_encoder import TorchEncoder
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("asyncembed")
 
 _EMBEDDED_NAMES = (DEFAULT_MODEL, f"sentence-transformers/{DEFAULT_MODEL}")
+
+_told: WeakKeyDictionary[Encoder, int] = WeakKeyDictionary()
 
 
 def model_folder(model: str | os.PathLike[str]) -> Path | None:
@@ -65,10 +67,18 @@ def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
     """
     encoder = _load(options, dtype)
     check_dim(encoder, options)
-    size = default_chunk_size(encoder, encoder.max_tokens)
-    if size is not None and options.chunk_size is None:
-        logger.warning("the model %s names no limit: longer texts are cut into chunks of %d tokens", encoder.name, size)
     return encoder
+
+
+def tell_chunk_size(encoder: Encoder, options: EmbedOptions, chunk_size: int) -> None:
+    """Say once what longer texts are cut into, where neither the model nor the user names a limit."""
+    if options.chunk_size is not None or default_chunk_size(encoder, encoder.max_tokens) is None:
+        return
+    if _told.get(encoder) != chunk_size:
+        _told[encoder] = chunk_size
+        logger.warning(
+            "the model %s names no limit: longer texts are cut into chunks of %d tokens", encoder.name, chunk_size
+        )
 
 
 def check_dim(encoder: Encoder, options: EmbedOptions) -> None:
@@ -123,24 +133,31 @@ def _try_openvino(
     from asyncembed.encoders.openvino_loading import check_dtype, convert_and_keep, load_cached
 
     encoder: Encoder | None = None
+    torch_encoder: TorchEncoder | None = None
     with ThreadPoolExecutor(1, "asyncembed-hash") as executor:  # beside the import of OpenVINO, which takes longer
         hashing = executor.submit(graph_key, folder) if folder is not None else None
         obstacle = check_dtype(dtype)
     key = hashing.result() if hashing is not None and obstacle is None else None
+    if folder is None and obstacle is None:
+        # Which of its files are meant is known when the hub has been asked: it may have newer ones.
+        torch_encoder = _load_torch(model, None, options, "cpu", "float32")
+        folder = downloaded(os.fspath(model))
+        key = graph_key(folder) if folder is not None else None
     try:
         if key is not None:
             encoder = load_cached(key, options, dtype)
     except ModelError as error:
         obstacle = str(error)
     if obstacle is None and encoder is None:
-        torch_encoder = _load_torch(model, folder, options, "cpu", "float32")
+        if torch_encoder is None:
+            torch_encoder = _load_torch(model, folder, options, "cpu", "float32")
         try:
             return convert_and_keep(torch_encoder, folder, key, options, dtype), None
         except ModelError as error:
             obstacle = str(error)
-            encoder = torch_encoder if dtype == "float32" else None
     if obstacle is not None:
         logger.info("%s runs on torch and not on OpenVINO: %s", os.fspath(model), obstacle)
+        encoder = torch_encoder if dtype == "float32" else None
     return encoder, obstacle
 
 
@@ -174,9 +191,7 @@ def _load_torch(
     from asyncembed.encoders.weights import cached_hash, hash_tensors
 
     try:
-        # Tensors that are nowhere in the files are random: the same ones each time, so that a run can be gone on with.
-        with _quiet() as missing, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with quiet_loading() as missing:
             loaded = SentenceTransformer(
                 str(folder) if folder is not None else os.fspath(model),
                 device=device,
@@ -201,53 +216,6 @@ def _load_torch(
     return TorchEncoder(
         loaded, prompt=options.prompt, prompt_name=options.prompt_name, weights=weights, name=str(model)
     )
-
-
-class _LoadReports(logging.Filter):
-    """Takes transformers' reports on tensors out of its log, and keeps the names of those that are missing.
-
-    A pooler is left out: plain language models come without, and no pooling module looks at it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.missing: list[str] = []
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if "LOAD REPORT" not in text:
-            return True
-        names = re.findall(r"^(\S+(?: \S+)*) +\|.*MISSING", re.sub(r"\x1b\[[0-9;]*m", "", text), re.MULTILINE)
-        self.missing += [name for name in names if "pooler" not in name]
-        return False
-
-
-@contextmanager
-def _quiet() -> Iterator[list[str]]:
-    """Without the loader's own progress bars and reports, which would cut through ours, and its lines about each retry.
-
-    Yields:
-        The names of the tensors that the model lacks, filled meanwhile.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    hub, library = logging.getLogger("huggingface_hub"), logging.getLogger("transformers.modeling_utils")
-    levels = hub.level, library.level
-    hub.setLevel(logging.ERROR)
-    if not library.isEnabledFor(logging.WARNING):  # it makes no report for those who do not want to read one
-        library.setLevel(logging.WARNING)
-    reports = _LoadReports()
-    library.addFilter(reports)
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield reports.missing
-    finally:
-        library.removeFilter(reports)
-        hub.setLevel(levels[0])
-        library.setLevel(levels[1])
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _wrap_live(model: Any, options: EmbedOptions) -> Encoder:
@@ -280,6 +248,5 @@ def _choose_device(name: str) -> str:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OptionsError(f"device={name!r} cannot be used here: {reason}") from error
+        raise OptionsError(f"device={name!r} cannot be used here: {first_line(error)}") from error
     return name

@@ -23,6 +23,7 @@ from asyncembed.encoders.graph_cache import (
 from asyncembed.encoders.openvino_encoder import OpenVinoEncoder, compile_graph, import_openvino, supported_dtypes
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import EmbedOptions
+from asyncembed.wording import first_line
 
 if TYPE_CHECKING:
     from asyncembed.encoders.torch_encoder import TorchEncoder
@@ -55,8 +56,8 @@ def convert_and_keep(
 
     Args:
         encoder: The model, loaded from `folder`.
-        folder: Where it lies; None for one that is live, or known to a hub only. Its graph is not kept.
-        key: The key of `folder` before the model was loaded.
+        folder: Where it lies; None for one that is live. Its graph is not kept.
+        key: The key of `folder`, from before the model was loaded if it can be changed.
         options: What the user chose.
         dtype: Precision of the arithmetic.
 
@@ -69,7 +70,7 @@ def convert_and_keep(
     try:
         graph = _make(encoder, folder, key)
     except Exception as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = first_line(error)
         message = reason if isinstance(error, ModelError) else f"it does not convert: {type(error).__name__}: {reason}"
         if not _may_pass(error):
             if key is not None:
@@ -107,18 +108,18 @@ def _make(encoder: TorchEncoder, folder: Path | None, key: str | None) -> Cached
     model = encoder.model
     if encoder.fast_tokenizer.get_vocab_size() > model.transformers_model.get_input_embeddings().num_embeddings:
         raise ModelError("its tokenizer has more tokens than it has vectors for, of which OpenVINO reads others")
-    graph = convert(model, with_types=with_types, features=features)
+    graph = convert(encoder, with_types=with_types, features=features)
 
     def save_and_check(path: Path) -> GraphFacts:
         """What is checked is what later starts read: the file."""
         save(graph, path)
         compiled = compile_graph(ov, str(path), "float32")
-        pads_left = check(model, compiled, with_types=with_types, features=features, max_tokens=encoder.max_tokens)
+        pads_left = check(encoder, compiled, with_types=with_types, features=features)
         return GraphFacts(
             dim=encoder.dim,
             max_tokens=encoder.max_tokens,
             with_types=with_types,
-            pad_id=model.tokenizer.pad_token_id or 0,
+            pad_id=encoder.pad_id,
             pads_left=pads_left,
             unknown=encoder.unknown,
             prompts={name: text or "" for name, text in model.prompts.items()},
@@ -133,6 +134,7 @@ def _make(encoder: TorchEncoder, folder: Path | None, key: str | None) -> Cached
 def _encoder(graph: CachedGraph, options: EmbedOptions, dtype: str) -> OpenVinoEncoder:
     prompt = resolve_prompt(graph.facts, options.prompt, options.prompt_name)
     if prompt is None:
+        graph.release()
         raise OptionsError(
             f"the model has no prompt named {options.prompt_name!r}; it has {sorted(graph.facts.prompts)}"
         )

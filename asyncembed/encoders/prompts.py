@@ -68,12 +68,21 @@ def task_of(encoder: Encoder, task: str | None) -> str | None:
         OptionsError: The model has no such task, or has no default and needs one; the message names those it has.
     """
     resolve = getattr(encoder, "resolve_task", None)
-    if resolve is not None:
-        found: str | None = resolve(task)
-        return found
-    if task is None or task in COMMON_TASKS:
-        return None
-    raise OptionsError(f"task={task!r} means nothing to this model: it has no tasks")
+    if resolve is None:
+        return without_tasks(task)
+    found: str | None = resolve(task)
+    return found
+
+
+def without_tasks(task: str | None) -> str | None:
+    """What a task is to a model without tasks: nothing.
+
+    Raises:
+        OptionsError: The task is not one that every model is told.
+    """
+    if task is not None and task not in COMMON_TASKS:
+        raise OptionsError(f"task={task!r} means nothing to this model: it has no tasks")
+    return None
 
 
 def input_of(encoder: Encoder, task: str | None) -> tuple[Tokenizer, int]:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from asyncembed.errors import ModelError
+from asyncembed.wording import first_line
 
 _PICKLED = {
     "pytorch_model*.bin": ("model.safetensors", "model.safetensors.index.json"),
@@ -52,8 +53,7 @@ def loading_error(model: str | os.PathLike[str], error: Exception) -> ModelError
             f"the model {name!r} cannot be loaded: its pickle holds more than weights, and none of it was run. "
             "Do not use it unless you know why"
         )
-    reason = next((line for line in said.splitlines() if line.strip()), type(error).__name__)
     return ModelError(
-        f"the model {name!r} cannot be loaded: {reason.strip().rstrip('.')}. "
+        f"the model {name!r} cannot be loaded: {first_line(error).rstrip('.')}. "
         "Give the path of a model's folder, or the name of one that can be downloaded"
     )

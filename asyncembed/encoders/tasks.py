@@ -40,7 +40,7 @@ def takes_tasks(model: Any) -> bool:
 
 
 def resolve_task(model: Any, task: str | None) -> str | None:
-    """The task as far as it matters: None for a model that takes none.
+    """The task as a model that takes tasks means it.
 
     Raises:
         OptionsError: There is no such route, or no default one; the message names those there are.
@@ -48,12 +48,7 @@ def resolve_task(model: Any, task: str | None) -> str | None:
     router = router_of(model)
     if router is not None:
         _route_name(router, task)
-        return task
-    if takes_tasks(model):
-        return task
-    if task is None or task in COMMON_TASKS:
-        return None
-    raise OptionsError(f"task={task!r} means nothing to this model: it has no tasks")
+    return task
 
 
 def route_of(model: Any, task: str | None) -> Route:

@@ -6,8 +6,8 @@ import gc
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -15,11 +15,13 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
 from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, FloatMatrix, Tokenizer
+from asyncembed.encoders.prompts import without_tasks
 from asyncembed.encoders.tasks import first_task, resolve_task, route_of, router_of, takes_tasks, task_limit
 from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer, WordTokenizer, unknown_of
 from asyncembed.encoders.weights import hash_tensors
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.records import Batch, Chunk
+from asyncembed.wording import first_line
 
 _PROBE = "A probe: 3 words, and (some) punctuation."
 _PLAIN_FEATURES = {"input_ids", "attention_mask", "token_type_ids", "modality", "prompt_length"}
@@ -30,6 +32,9 @@ _POSITIONS = (
     ("embed_tokens", "embed_positions"),
 )
 """What text models call their tables of tokens and of positions, which stand side by side in one module."""
+
+_lending = threading.Lock()
+"""Held while a tokenizer has a padding token that is not its own: another encoder may have the same live model."""
 
 
 class TorchEncoder:
@@ -86,6 +91,10 @@ class TorchEncoder:
         self._takes_tasks = takes_tasks(model)
         self._tried: set[str] = set()
         self._running = threading.Lock()
+        self._cutters: dict[str | None, Tokenizer] = {}  # the model's thread alone uses them
+        self.pads_left = getattr(self._tokenizer, "padding_side", "right") == "left"
+        with _able_to_pad(self._tokenizer):
+            self.pad_id: int = getattr(self._tokenizer, "pad_token_id", None) or 0
         self._features: dict[str, Any] = {}
         self._takes_ids = self._probe()
         pools_without = any(getattr(module, "include_prompt", True) is False for module in model.children())
@@ -107,7 +116,7 @@ class TorchEncoder:
         Raises:
             OptionsError: The model has no such route; the message names those it has.
         """
-        return resolve_task(self.model, task)
+        return resolve_task(self.model, task) if self._takes_tasks else without_tasks(task)
 
     def input_of(self, task: str | None) -> tuple[Tokenizer, int]:
         """A tokenizer of the caller's own, and the most tokens of a row, for a task. May be called from any thread.
@@ -173,7 +182,7 @@ class TorchEncoder:
             "tokenizer": _tokenizer_hash(self.fast_tokenizer, self._tokenizer),
             "modules": hashlib.sha256(json.dumps(modules, sort_keys=True, default=str).encode()).hexdigest(),
             "dtype": self.dtype,
-            "max_tokens": self.max_tokens,
+            "max_tokens": _stated_limit(self.model),
             "dim": self.dim,
         }
 
@@ -196,11 +205,10 @@ class TorchEncoder:
 
         try:
             with self._running, torch.inference_mode():
-                features = self._on_device(dict(self.model.preprocess([_PROBE], task=task)))
+                features = self._on_device(self._preprocess([_PROBE], "", task))
                 self.model(features, task=task)
         except (ValueError, KeyError, TypeError, AssertionError) as error:
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise OptionsError(f"the model does not take task={task!r}: {said}") from error
+            raise OptionsError(f"the model does not take task={task!r}: {first_line(error)}") from error
         self._tried.add(task)
 
     def _probe(self) -> bool:
@@ -233,14 +241,14 @@ class TorchEncoder:
 
     def _choose_side(self) -> None:
         """Pad on the right where padding on the left, as the tokenizer says, would give a text other positions."""
-        if not self._takes_ids or self._tokenizer.padding_side != "left":
+        if not self._takes_ids or not self.pads_left:
             return
         tokenizer = self.tokenizer()
         probe, longer = (Chunk(0, 0, "", 0, tokenizer.tokenize([text])[0].ids, 1) for text in ("A probe", _PROBE))
         alone = self.finish(self.start(Batch((probe,))))[0]
         beside = self.finish(self.start(Batch((probe, longer))))[0]
         if float(alone @ beside) < 0.9999 * float(np.linalg.norm(alone) * np.linalg.norm(beside)):
-            self._tokenizer.padding_side = "right"
+            self.pads_left = False
 
     def _output_of_probe(self) -> Mapping[str, Any]:
         import torch
@@ -259,9 +267,14 @@ class TorchEncoder:
 
     def _features_of_probe(self) -> dict[str, Any]:
         try:
-            return dict(self.model.preprocess([_PROBE], prompt=self.prompt or None, **self._told(self.first_task)))
+            return self._preprocess([_PROBE], self.prompt, self.first_task)
         except Exception as error:
             raise _no_vector(self.name, error) from error
+
+    def _preprocess(self, texts: list[str], prompt: str, task: str | None) -> dict[str, Any]:
+        """What the model's own preprocessing makes of texts."""
+        with _able_to_pad(_tokenizer_of(route_of(self.model, task if self.has_routes else None))):
+            return dict(self.model.preprocess(texts, prompt=prompt or None, **self._told(task)))
 
     def _find_weights(self) -> str:
         if not self._shows_weights():
@@ -294,24 +307,22 @@ class TorchEncoder:
 
     def _forward(self, batch: Batch, prompt: str = "", task: str | None = None) -> Any:
         """Vectors of a batch, whose rows have one prompt and task where the model is told of them."""
-        told = self._told(task)
-        features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt, told)
+        features = self._from_ids(batch) if self._takes_ids else self._from_texts(batch, prompt, task)
         if self._takes_ids and self._sees_prompts:
             features.pop("prompt_length", None)
-            probe = dict(self.model.preprocess([_PROBE], prompt=prompt or None))
+            probe = self._preprocess([_PROBE], prompt, None)
             if "prompt_length" in probe:
                 features["prompt_length"] = probe["prompt_length"]
-        return self.model(self._on_device(features), **told)["sentence_embedding"]
+        return self.model(self._on_device(features), **self._told(task))["sentence_embedding"]
 
     def _from_ids(self, batch: Batch) -> dict[str, Any]:
         import torch
 
         rows, longest = len(batch.chunks), batch.longest
-        ids = np.full((rows, longest), self._tokenizer.pad_token_id or 0, np.int64)
+        ids = np.full((rows, longest), self.pad_id, np.int64)
         mask = np.zeros((rows, longest), np.int64)
-        left = self._tokenizer.padding_side == "left"
         for row, chunk in enumerate(batch.chunks):
-            place = slice(longest - chunk.length, longest) if left else slice(0, chunk.length)
+            place = slice(longest - chunk.length, longest) if self.pads_left else slice(0, chunk.length)
             ids[row, place] = chunk.ids
             mask[row, place] = 1
         features = {**self._features, "input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
@@ -319,14 +330,16 @@ class TorchEncoder:
             features["token_type_ids"] = torch.zeros((rows, longest), dtype=torch.int64)
         return features
 
-    def _from_texts(self, batch: Batch, prompt: str, told: dict[str, str]) -> dict[str, Any]:
+    def _from_texts(self, batch: Batch, prompt: str, task: str | None) -> dict[str, Any]:
         texts = [chunk.text for chunk in batch.chunks]
         if any(chunk.is_cut for chunk in batch.chunks):
-            tokenizer, _ = self.input_of(told.get("task"))
+            if task not in self._cutters:
+                self._cutters[task] = self.input_of(task)[0]
+            spans = self._cutters[task].spans
             for row, chunk in enumerate(batch.chunks):
                 if chunk.is_cut:
-                    texts[row] = chunk.text[: tokenizer.spans(chunk.text)[chunk.n_tokens - 1][1]]
-        return dict(self.model.preprocess(texts, prompt=prompt or None, **told))
+                    texts[row] = chunk.text[: spans(chunk.text)[chunk.n_tokens - 1][1]]
+        return self._preprocess(texts, prompt, task)
 
 
 def _rows_by_instruction(batch: Batch) -> dict[tuple[str, str | None], list[int]]:
@@ -361,20 +374,34 @@ def _no_pooling(name: str) -> ModelError:
 
 
 def _no_vector(name: str, error: Exception) -> ModelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ModelError(f"the model {name!r} cannot embed a text: {type(error).__name__}: {reason}")
+    return ModelError(f"the model {name!r} cannot embed a text: {type(error).__name__}: {first_line(error)}")
 
 
 def _tokenizer_of(model: Any) -> Any:
-    """The model's tokenizer, able to pad; None if there is none."""
+    """The model's tokenizer; None if there is none."""
     tokenizer: Any = getattr(model, "tokenizer", None)
     if tokenizer is not None and not callable(tokenizer):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # one of transformers, dressed up as one of words
-    if getattr(tokenizer, "pad_token", "") is None:
-        # Models that were made to continue texts have none, and `encode` refuses even one text then. Any token will do:
-        # the mask hides it.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+@contextmanager
+def _able_to_pad(tokenizer: Any) -> Iterator[None]:
+    """With a padding token for a while, where there is none: the model may be live, and the user's.
+
+    Models that were made to continue texts have none, and `encode` refuses even one text then. Any token will do: the
+    mask hides it.
+    """
+    with _lending:
+        is_lent = getattr(tokenizer, "pad_token", "") is None
+        if is_lent:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+            try:
+                yield
+            finally:
+                tokenizer.pad_token = None
+    if not is_lent:
+        yield
 
 
 def _prompt_of(model: Any, prompt: str | None, prompt_name: str | None) -> str:
@@ -389,11 +416,16 @@ def _prompt_of(model: Any, prompt: str | None, prompt_name: str | None) -> str:
 
 
 def _max_tokens_of(model: Any) -> int:
-    """Most tokens of a row: what the model says, or what its config does, but no more than it has positions for."""
+    """Most tokens of a row: what the model states, but no more than it has positions for."""
+    return min(_stated_limit(model), _n_positions(model[0]))
+
+
+def _stated_limit(model: Any) -> int:
+    """Most tokens of a row as the model says, or its config does: what folders record, also where it is too much."""
     limit = model.get_max_seq_length()
     if not _is_limit(limit):
         limit = getattr(getattr(model[0], "config", None), "max_position_embeddings", None)
-    return int(min(limit if _is_limit(limit) else UNLIMITED_TOKENS, _n_positions(model[0])))
+    return int(limit) if _is_limit(limit) else UNLIMITED_TOKENS
 
 
 def _is_limit(value: Any) -> bool:

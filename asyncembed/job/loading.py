@@ -7,7 +7,15 @@ from contextlib import suppress
 from typing import Any
 
 from asyncembed.chunking import Chunker
-from asyncembed.encoders import Encoder, check_dim, default_chunk_size, input_of, instruction_of, load_encoder
+from asyncembed.encoders import (
+    Encoder,
+    check_dim,
+    default_chunk_size,
+    input_of,
+    instruction_of,
+    load_encoder,
+    tell_chunk_size,
+)
 from asyncembed.errors import OptionsError
 from asyncembed.options import EmbedOptions
 from asyncembed.splitting import TextSplitter
@@ -28,12 +36,12 @@ def load_all(
         OptionsError: An option does not go with the model.
         ModelError: The model cannot be loaded.
     """
-    if loaded is None:
-        encoder = load_encoder(options, dtype=recorded.get("dtype"))
-    else:
+    if loaded is not None:
         check_dim(loaded, options)
-        encoder = loaded
+    encoder = loaded if loaded is not None else load_encoder(options, dtype=recorded.get("dtype"))
     chunker = load_chunker(encoder, options, splitter=splitter, recorded=recorded)
+    if loaded is None:  # of one that is loaded, whoever did that was told
+        tell_chunk_size(encoder, options, chunker.chunk_size)
     return encoder, chunker, run_fingerprint(encoder, chunker, options) if options.folder is not None else {}
 
 
@@ -64,11 +72,18 @@ def load_chunker(
             splitter=splitter,
         )
 
-    adopted = (recorded or {}).get("chunk_size")
-    if options.chunk_size is None and adopted is not None:
-        with suppress(OptionsError):  # of another model or prompt: the comparison of fingerprints will name it
+    size = options.chunk_size or default_chunk_size(encoder, max_tokens)
+    adopted: int | None = (recorded or {}).get("chunk_size") if options.chunk_size is None else None
+    if adopted is not None and adopted >= chunker(None).chunk_size:
+        # Nobody chose it: an earlier version took all that the model states. What fits into a smaller chunk has the
+        # same vector. (Or it is another prompt's or model's: the comparison of fingerprints names that.)
+        made = chunker(size)
+        made.recorded_size = adopted
+        return made
+    if adopted is not None:
+        with suppress(OptionsError):  # an overlap as large: the comparison of fingerprints names it
             return chunker(adopted)
-    return chunker(options.chunk_size or default_chunk_size(encoder, max_tokens))
+    return chunker(size)
 
 
 def run_fingerprint(encoder: Encoder, chunker: Chunker, options: EmbedOptions) -> dict[str, Any]:

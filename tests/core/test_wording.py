@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from asyncembed.wording import kind_of, plural, why_no_text
+from asyncembed.wording import first_line, kind_of, plural, why_no_text
 
 
 def test_plural_one_is_alone() -> None:
@@ -24,3 +24,10 @@ def test_kind_of_has_the_article_that_fits(value: Any, words: str) -> None:
 def test_why_no_text_of_bytes_says_what_to_do() -> None:
     assert why_no_text("item 3", b"a") == "item 3 is bytes, not a str; decode it first"
     assert why_no_text("item 3", 1.5) == "item 3 is a float, not a str"
+
+
+@pytest.mark.parametrize(
+    ("said", "line"), [("one", "one"), ("\n one \ntwo", "one"), ("", "ValueError"), (" \n", "ValueError")]
+)
+def test_first_line_of_an_error_is_what_it_says_or_its_kind(said: str, line: str) -> None:
+    assert first_line(ValueError(said)) == line

@@ -10,8 +10,9 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from asyncembed import EmbeddingGenerator, EmbedOptions, ModelError, StoreMismatchError, embed_stream, load_encoder
+from asyncembed import (
+    EmbeddingGenerator,
+    EmbedOptions,
+    ModelError,
+    OptionsError,
+    StoreMismatchError,
+    embed_stream,
+    load_encoder,
+)
 from asyncembed.encoders import graph_cache, weights
 from asyncembed.store_cli.program import run as store
 
@@ -326,6 +335,29 @@ def test_cache_that_cannot_be_written_is_said_and_the_graph_used_all_the_same(
     assert caplog.text == ""
 
 
+def test_temporary_graphs_of_killed_processes_are_removed_after_a_day(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    options = EmbedOptions(model=SentenceTransformer(str(model), device="cpu"), backend="openvino")
+    in_use = load_encoder(options)
+    (folder,) = temporary.iterdir()
+    killed, just_now, theirs = (temporary / f"{folder.name[:-1]}{name}" for name in ("killed", "now", "theirs"))
+    for copy in (killed, just_now, theirs):
+        shutil.copytree(folder, copy)
+    (theirs / "lock").unlink()  # whatever it is, it is none of ours
+    for old in (folder, killed):
+        os.utime(old / "lock", (0, 0))
+    another = load_encoder(options)
+    assert {folder, just_now, theirs} < set(temporary.iterdir())
+    assert len(list(temporary.iterdir())) == 4
+    del in_use, another
+    gc.collect()
+    assert set(temporary.iterdir()) == {just_now, theirs}
+
+
 def test_full_disk_at_the_first_conversion_is_said_and_forgotten(
     model: Path, expected: tuple[Any, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -378,6 +410,43 @@ def test_entries_of_no_more_use_are_removed_when_a_graph_is_added(
     load(other)
     assert sorted(root.iterdir()) == sorted([new, root / graph_cache.graph_key(other)])
     del in_use
+
+
+def _entries_held() -> int:
+    """Locks of entries that this process holds."""
+    gc.collect()
+    held = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # that of the listing
+            held += os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(graph_cache.cache_root()))
+    return held
+
+
+def test_entry_is_given_back_when_the_prompt_is_refused(model: Path) -> None:
+    embed(model)
+    assert _entries_held() == 0
+    with pytest.raises(OptionsError, match="no prompt named 'heron'"):
+        load_encoder(EmbedOptions(model=model, device="cpu", prompt_name="heron"))
+    assert _entries_held() == 0
+
+
+def test_entry_that_another_process_removes_meanwhile_is_no_reason_not_to_keep_a_graph(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    doomed = graph_cache.cache_root() / "1234"
+    doomed.mkdir(parents=True)
+    os.mkfifo(doomed / "meta.json")
+
+    def remove() -> None:
+        with (doomed / "meta.json").open("w") as meta:  # once it is read
+            shutil.rmtree(doomed)
+            meta.write('{"made_for": "another model"}')
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    embed(model)
+    thread.join(30)
+    assert (caplog.text, entries()) == ("", [graph_cache.graph_key(model)])
 
 
 def test_graph_that_agrees_with_torch_only_on_shorter_rows_is_not_used(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from asyncembed import (
     TextError,
     embed_stream,
     load_encoder,
+    open_embeddings,
 )
 from tests.world.architectures import KINDS, WIDTH, make_model, save_bare, word_piece
 
@@ -35,6 +36,8 @@ TEXTS = [
     "a heron stands in the river and waits for a fish, and then it waits again " * 2,
 ]
 LONG = "the lamp on the quay is broken again and the crane needs a new rope " * 60
+
+SAID = "no limit: longer texts are cut into chunks of 512 tokens"
 
 Models = Callable[[str], Any]
 
@@ -117,6 +120,24 @@ def test_model_whose_positions_begin_after_padding_takes_two_tokens_less(models:
     assert load_encoder(EmbedOptions(model=models(kind))).max_tokens == 64
 
 
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "mpnet"])
+async def test_model_whose_positions_begin_after_padding_folder_of_the_release_before_resumes(
+    models: Models, tmp_path: Path, kind: str
+) -> None:
+    """That took the limit of the config for the longest row, and so for a chunk: rows as long as it failed."""
+    before: Any = load_encoder(EmbedOptions(model=models(kind)))
+    before.max_tokens = 66
+    await embed_stream(["a heron"], model=before, save_path=tmp_path)
+    fingerprint = open_embeddings(tmp_path).fingerprint or {}
+    assert (fingerprint["max_tokens"], fingerprint["chunk_size"]) == (66, 64)
+    for backend in ("torch", "openvino"):
+        texts = ["a heron", f"{backend} {LONG}"]
+        async with embed_stream(texts, model=models(kind), backend=backend, save_path=tmp_path) as stream:
+            await stream
+        assert (stream.summary.cached, stream.summary.embedded) == (1, 1)
+    assert open_embeddings(tmp_path).fingerprint == fingerprint
+
+
 def test_model_given_a_limit_above_its_positions_is_cut_at_these(models: Models) -> None:
     model = models("bert")
     model.max_seq_length = 1000
@@ -130,9 +151,7 @@ async def test_model_without_a_limit_is_said_once_and_takes_another(models: Mode
     async with embed_stream([LONG], model=models("t5"), save_path=None) as stream:
         vectors = await stream
     assert stream.summary.chunks > 1
-    assert [message.partition("names ")[2] for message in caplog.messages] == [
-        "no limit: longer texts are cut into chunks of 512 tokens"
-    ]
+    assert [message.partition("names ")[2] for message in caplog.messages] == [SAID]
     async with AsyncEmbedder(models("t5"), chunk_size=512) as embedder:
         assert cosines([await embedder.embed(LONG)], [vectors[LONG]]).min() >= 0.99999
     async with embed_stream([LONG], model=models("t5"), chunk_size=5000, save_path=None) as stream:
@@ -140,19 +159,47 @@ async def test_model_without_a_limit_is_said_once_and_takes_another(models: Mode
     assert (stream.summary.chunks, len(caplog.messages)) == (1, 1)
 
 
-async def test_model_without_a_limit_in_an_app_is_cut_too(models: Models) -> None:
+async def test_model_without_a_limit_in_an_app_is_cut_too_and_said_once(models: Models, caplog: Any) -> None:
     async with AsyncEmbedder(models("t5")) as embedder:
         whole = await embedder.embed(LONG)
+        await embed_stream([LONG], embedder=embedder, save_path=None)
+    assert [message.partition("names ")[2] for message in caplog.messages] == [SAID]
     async with AsyncEmbedder(models("t5"), chunk_size=512) as embedder:
         assert cosines([await embedder.embed(LONG)], [whole]).min() >= 0.99999
 
 
-async def test_model_without_a_limit_folder_made_with_whole_texts_resumes(models: Models, tmp_path: Path) -> None:
+async def test_model_without_a_limit_folder_made_with_whole_texts_resumes_in_chunks(
+    models: Models, tmp_path: Path, caplog: Any
+) -> None:
     """As folders were made before there were chunks of 512."""
     await embed_stream([LONG], model=models("t5"), chunk_size=(1 << 20) - 1, save_path=tmp_path)
-    async with embed_stream([LONG, "a"], model=models("t5"), save_path=tmp_path) as stream:
+    async with embed_stream([LONG, f"more: {LONG}"], model=models("t5"), save_path=tmp_path) as stream:
         await stream
     assert (stream.summary.cached, stream.summary.embedded) == (1, 1)
+    assert stream.summary.chunks > 1
+    assert [message.partition("names ")[2] for message in caplog.messages] == [SAID]
+
+
+def test_model_without_a_limit_generator_resumes_in_chunks_and_says_so_once(
+    models: Models, tmp_path: Path, caplog: Any
+) -> None:
+    asyncio.run(embed_stream(["a"], model=models("t5"), chunk_size=(1 << 20) - 1, save_path=tmp_path).run())
+    with EmbeddingGenerator(models("t5"), save_path=tmp_path) as generator:
+        generator([LONG])
+        generator.fill_texts(iter([f"more: {LONG}"]))
+        assert max(chunk.n_tokens for chunk in generator.find_best_chunks()) <= 512
+    assert [message.partition("names ")[2] for message in caplog.messages] == [SAID]
+
+
+async def test_model_without_a_limit_chunks_that_were_chosen_are_those_of_its_folder(
+    models: Models, tmp_path: Path, caplog: Any
+) -> None:
+    await embed_stream(["a"], model=models("t5"), chunk_size=700, save_path=tmp_path)
+    async with embed_stream([LONG], model=models("t5"), save_path=tmp_path) as stream:
+        vectors = await stream
+    whole = await embed_stream([LONG], model=models("t5"), chunk_size=700, save_path=None)
+    assert cosines([vectors[LONG]], [whole[LONG]]).min() >= 0.99999
+    assert [message.partition("names ")[2] for message in caplog.messages] == [SAID.replace("512", "700")]
 
 
 @pytest.mark.parametrize(("kind", "text"), [("clip-text", "heron"), ("opt", "a")])
