@@ -102,6 +102,11 @@ class Chunker:
         self._n_prompt = probe.n_content - bare.n_content
         self._n_prompt_unknown = probe.n_unknown - bare.n_unknown
         self.prompt, self.task, self.blanks = prompt, task, blanks
+        if long_texts == "truncate" and getattr(tokenizer, "cuts_left", False):
+            raise OptionsError(
+                "long_texts='truncate' keeps the beginning of a text, and this model's tokenizer keeps the end "
+                "(truncation_side='left'); use 'average' or 'error', or load the model with truncation_side='right'"
+            )
         room = max_tokens - self._n_special - self._n_prompt
         if room < 1:
             raise OptionsError(

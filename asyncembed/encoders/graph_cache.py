@@ -36,7 +36,7 @@ logger = logging.getLogger("asyncembed")
 MAX_BYTES = 8 << 30
 """What all graphs may take: above it the least recently used are removed."""
 
-_FORMAT = 2  # those of format 1 may have been saved under a locale that breaks their numbers
+_FORMAT = 3  # those of format 1 may have been saved under a locale that breaks their numbers
 _FILES = ("model.xml", "model.bin", "tokenizer.json")
 _MAKERS = ("openvino", "asyncembed", "torch", "transformers", "sentence-transformers", "tokenizers")
 _TEMPORARY = "asyncembed-graph-"
@@ -54,6 +54,7 @@ class GraphFacts:
         pad_id: The padding token.
         pads_left: Whether rows are padded on the left.
         unknown: The unknown token; None if the vocabulary has none.
+        cuts_left: The model's own truncation keeps the end of a long text.
         prompts: The model's own prompts.
         default_prompt_name: The one used if none is named.
         fingerprint: The torch encoder's, in float32.
@@ -66,6 +67,7 @@ class GraphFacts:
     pad_id: int
     pads_left: bool
     unknown: str | None
+    cuts_left: bool
     prompts: dict[str, str]
     default_prompt_name: str | None
     fingerprint: dict[str, Any]

@@ -48,12 +48,18 @@ def check_kind(folder: Path, model: str | os.PathLike[str]) -> None:
 
 
 def check_live(model: Any) -> None:
-    """Refuse a live model of another kind.
+    """Refuse a live model of another kind, and say it of one whose own `encode` does something else.
 
     Raises:
         ModelError: It makes no dense vectors.
     """
     _check(type(model).__name__, getattr(model, "model_type", None))
+    if not getattr(model.encode, "__module__", "").startswith("sentence_transformers."):
+        logger.warning(
+            "%s has an encode() of its own, which is not used: its modules are given token ids, and what it does to "
+            "texts or vectors besides is left out",
+            type(model).__name__,
+        )
 
 
 def _check(name: str, kind: Any) -> None:

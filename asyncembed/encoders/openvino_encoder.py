@@ -73,7 +73,8 @@ class OpenVinoEncoder:
 
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of the caller's own."""
-        return FastTokenizer(RustTokenizer.from_str(self._tokenizer_json), self._facts.unknown)
+        bare = RustTokenizer.from_str(self._tokenizer_json)
+        return FastTokenizer(bare, self._facts.unknown, cuts_left=self._facts.cuts_left)
 
     def start(self, batch: Batch) -> Any:
         """Put a batch under way in an idle request."""

@@ -21,6 +21,7 @@ from asyncembed.encoders.graph_cache import (
     resolve_prompt,
 )
 from asyncembed.encoders.openvino_encoder import OpenVinoEncoder, compile_graph, import_openvino, supported_dtypes
+from asyncembed.encoders.tokenizers import cuts_left
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import EmbedOptions
 from asyncembed.wording import first_line
@@ -122,6 +123,7 @@ def _make(encoder: TorchEncoder, folder: Path | None, key: str | None) -> Cached
             pad_id=encoder.pad_id,
             pads_left=pads_left,
             unknown=encoder.unknown,
+            cuts_left=cuts_left(model.tokenizer),
             prompts={name: text or "" for name, text in model.prompts.items()},
             default_prompt_name=model.default_prompt_name,
             fingerprint=dict(encoder.fingerprint()),

@@ -31,9 +31,11 @@ class FastTokenizer:
     Args:
         tokenizer: The tokenizer to copy.
         unknown: The unknown token; None if the vocabulary has none.
+        cuts_left: The model's own truncation keeps the end of a long text, and not its beginning.
     """
 
-    def __init__(self, tokenizer: RustTokenizer, unknown: str | None) -> None:
+    def __init__(self, tokenizer: RustTokenizer, unknown: str | None, *, cuts_left: bool = False) -> None:
+        self.cuts_left = cuts_left
         self._tokenizer = RustTokenizer.from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -72,6 +74,7 @@ class SlowTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
+        self.cuts_left = cuts_left(tokenizer)
         self.unknown_id: int | None = tokenizer.unk_token_id
         self._blank_id = tokenizer.get_vocab().get(_BLANK)
         self.n_vocabulary = len(tokenizer)
@@ -128,6 +131,14 @@ class WordTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The words that these ids stand for."""
         return " ".join(self._words[number] for number in ids)
+
+
+def cuts_left(tokenizer: Any) -> bool:
+    """Whether a tokenizer of either library truncates long texts on the left."""
+    bare = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    truncation = bare.truncation if isinstance(bare, RustTokenizer) else None
+    side = getattr(tokenizer, "truncation_side", None) or (truncation or {}).get("direction", "right")
+    return str(side).lower() == "left"
 
 
 def unknown_of(tokenizer: Any) -> str | None:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, FloatMatrix, Tokenizer
 from asyncembed.encoders.prompts import without_tasks
 from asyncembed.encoders.tasks import first_task, resolve_task, route_of, router_of, takes_tasks, task_limit
-from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer, WordTokenizer, unknown_of
+from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer, WordTokenizer, cuts_left, unknown_of
 from asyncembed.encoders.weights import hash_tensors
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.records import Batch, Chunk
@@ -357,7 +357,7 @@ def _fast(tokenizer: Any) -> RustTokenizer | None:
 def _copy_of(tokenizer: Any, unknown: str | None) -> Tokenizer:
     fast = _fast(tokenizer)
     if fast is not None:
-        return FastTokenizer(fast, unknown)
+        return FastTokenizer(fast, unknown, cuts_left=cuts_left(tokenizer))
     return SlowTokenizer(tokenizer) if callable(tokenizer) else WordTokenizer(tokenizer)
 
 

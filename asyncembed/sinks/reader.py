@@ -20,6 +20,7 @@ from asyncembed.sinks.index import index_entries, index_state
 from asyncembed.sinks.journal import journal_header, journal_lines
 from asyncembed.sinks.origin import STRANGE
 from asyncembed.sinks.record_file import StoredText, read_record
+from asyncembed.wording import kind_of
 
 _Stamp = tuple[int, int, int]
 
@@ -189,7 +190,7 @@ class StoredEmbeddings:
             ids = self.ids()
         else:
             named = (text for text in without_line_ends(texts) if not isinstance(text, Rejected))
-            ids = [text_id(text.text if isinstance(text, Text) else text) for text in named]
+            ids = [text_id(_text_of(text)) for text in named]
         if order == "id" and texts is not None:
             ids = sorted(set(ids))
         return ids, self._matrix(ids, np.dtype(dtype), missing == "nan")
@@ -209,7 +210,8 @@ class StoredEmbeddings:
         except KeyError:
             if nan:
                 return np.full(dim, np.nan, np.float32)
-            raise
+            reason = f"the text of id {identity} is not stored; missing='nan' gives it a row of nan"
+            raise KeyError(reason) from None
         if len(vector) != dim:
             path = self._paths.record(identity)
             reason = f"its vector has {len(vector)} numbers, the folder's have {dim}"
@@ -264,3 +266,10 @@ def _stamp(path: str) -> _Stamp:
     except FileNotFoundError:
         return (0, 0, 0)
     return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _text_of(item: object) -> str:
+    text = item.text if isinstance(item, Text) else item
+    if not isinstance(text, str):
+        raise OptionsError(f"{kind_of(item)} among the texts is no text")
+    return text

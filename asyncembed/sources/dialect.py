@@ -10,7 +10,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from asyncembed.errors import SourceError
-from asyncembed.sources.lines import BOM, LineReader
+from asyncembed.sources.lines import BOM, ONLY_RETURNS, LineReader
 
 _log = logging.getLogger("asyncembed")
 
@@ -51,7 +51,10 @@ def check_dialect(lines: LineReader, beginning: bytes, how: CsvOptions) -> None:
         SourceError: The texts would plainly be wrong: another delimiter, or nothing but numbers.
     """
     text = beginning.removeprefix(BOM).decode("utf-8", "replace")
-    text = text.replace("\r\n", "\n").translate({0: " ", ord("\r"): " "})  # they would end the reading
+    text = text.replace("\r\n", "\n")
+    if text.count("\r") > text.count("\n"):
+        _log.warning("%s: carriage returns are taken as parts of cells; if %s", lines.name, ONLY_RETURNS)
+    text = text.translate({0: " ", ord("\r"): " "})  # they would end the reading
     rows = _rows(text, how.delimiter or ",", how.escape)
     if not rows:
         return

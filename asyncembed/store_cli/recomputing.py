@@ -62,9 +62,7 @@ class Recomputation:
         made, made_with = stored.fingerprint, stored.made_with
         model = self._choice.model or (made_with or {}).get("model")
         if made is None or model is None:
-            raise StoreError(
-                f"{self._paths.root}: nothing says what its texts were made with; run a job, or rebuild it, first"
-            )
+            raise StoreError(f"{self._paths.root}: nothing says what its texts were made with; run a job first")
         options = EmbedOptions(
             model=model,
             backend="torch",

@@ -18,6 +18,7 @@ from asyncembed import (
     EmbeddingGenerator,
     EmbedOptions,
     ModelError,
+    OptionsError,
     StoreMismatchError,
     TextError,
     embed_stream,
@@ -571,3 +572,26 @@ def test_loading_a_model_writes_nothing_of_the_libraries(
 ) -> None:
     load_encoder(EmbedOptions(model=saved_bert, backend="torch"))
     assert (capfd.readouterr().err, caplog.messages) == ("", [])
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+async def test_model_that_truncates_on_the_left_keeps_no_beginnings(bert: Path, tmp_path: Path, backend: str) -> None:
+    folder = shutil.copytree(bert, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "truncation_side": "left"}))
+    options: dict[str, Any] = {"model": folder, "backend": backend, "save_path": None}
+    with pytest.raises(OptionsError, match="truncation_side='left'"):
+        await embed_stream(["a heron"], long_texts="truncate", **options)
+    assert len(await embed_stream(["a heron"], **options)) == 1
+
+
+async def test_live_model_with_an_encode_of_its_own_is_said(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    class Shouting(SentenceTransformer):
+        def encode(self, sentences: Any, **how: Any) -> Any:
+            return super().encode([text.upper() for text in sentences], **how)
+
+    for kind, n_said in ((SentenceTransformer, 0), (Shouting, 1)):
+        await embed_stream(["a heron"], model=kind(modules=list(models("bert")), device="cpu"), save_path=None)
+        assert caplog.text.count("has an encode() of its own") == n_said

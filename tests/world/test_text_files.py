@@ -455,3 +455,11 @@ def test_bad_row_after_the_first_rows_stops_with_the_texts_before_it_given(
     with pytest.raises(SourceError, match=f"{name}:30001: "):
         list(reader)
     assert reader.n_texts == 30_000
+
+
+def test_csv_with_more_carriage_returns_than_lines_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file of an old Mac with one line feed in a cell is read as two rows."""
+    path = tmp_path / "mac.csv"
+    path.write_bytes(b'text\r"A\nheron"\rboat here\r')
+    list(read_texts(path))
+    assert "carriage returns are taken as parts of cells; if the lines end in carriage returns alone" in caplog.text
