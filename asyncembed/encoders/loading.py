@@ -204,7 +204,7 @@ def _load_torch(
     if missing:
         raise ModelError(
             f"the model {os.fspath(model)!r} is incomplete: tensors that it computes with are not in its files, "
-            f"such as {missing[0]!r}"
+            f"such as {min(missing)!r}"
         )
     if folder is None and (copy := downloaded(os.fspath(model))) is not None:
         check_kind(copy, model)
