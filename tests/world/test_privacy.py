@@ -129,3 +129,17 @@ def test_command_line_server_and_embedder_on_a_known_model_reach_for_nothing(
     done = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert what_was_refused(refused) == ""
+
+
+def test_model_named_on_a_hub_asks_the_hub_alone(
+    refused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "REFUSED", str(tmp_path / "refused"))
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delitem(ENVIRONMENT, name, raising=False)
+    (tmp_path / "a.txt").write_text("a heron on the river\n")
+    done = run("a.txt", "-m", "nobody/has-this-model", folder=tmp_path)
+    assert done.returncode == 3, done.stderr
+    asked = what_was_refused(tmp_path / "refused").splitlines()
+    assert asked
+    assert all("'huggingface.co'" in line for line in asked), asked
