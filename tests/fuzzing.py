@@ -279,7 +279,16 @@ def check_store(root: Path) -> str:
         AssertionError: A text was lost or is wrong.
         Exception: Any but an `AsyncEmbedError` is a fault of the store.
     """
-    logging.getLogger("asyncembed").setLevel(logging.ERROR)
+    said = logging.getLogger("asyncembed")
+    level = said.level
+    said.setLevel(logging.ERROR)
+    try:
+        return _check_store(root)
+    finally:
+        said.setLevel(level)
+
+
+def _check_store(root: Path) -> str:
     outcome = _look_at(root)
     writer = FolderWriter(StorePaths.of(root))
     try:

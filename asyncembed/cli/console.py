@@ -34,9 +34,11 @@ class Console:
         self.verbose = verbose
         self.display: Display = Silent() if quiet else make_display(sys.stderr)
         self._log = _LogHandler(self)
+        self._level = logging.NOTSET
 
     def __enter__(self) -> Console:
         logger.addHandler(self._log)
+        self._level = logger.level
         logger.setLevel(logging.DEBUG if self.verbose else logging.WARNING)
         return self
 
@@ -45,6 +47,7 @@ class Console:
     ) -> None:
         self.display.close()
         logger.removeHandler(self._log)
+        logger.setLevel(self._level)
 
     def say(self, line: str) -> None:
         """A line on standard error, also when quiet: an answer to what the user just did."""

@@ -86,11 +86,13 @@ class CachedGraph:
         folder: Holds its files.
         facts: What must be known besides.
         release: To be called when the graph is used no more: gives the entry back, or removes a temporary folder.
+        is_temporary: It lies in a temporary folder, for this process alone.
     """
 
     folder: Path
     facts: GraphFacts
     release: Callable[[], None] = field(default=_nothing, compare=False)
+    is_temporary: bool = False
 
     @property
     def model_path(self) -> Path:
@@ -171,9 +173,8 @@ def keep_graph(key: str | None, source: Path | None, tokenizer: str, save: Calla
     try:
         (folder / "lock").touch()
         release = _use(folder)
-        return CachedGraph(
-            folder, _fill(folder, tokenizer, save), partial(_remove_temporary, folder, os.getpid(), release)
-        )
+        remove = partial(_remove_temporary, folder, os.getpid(), release)
+        return CachedGraph(folder, _fill(folder, tokenizer, save), remove, is_temporary=True)
     except BaseException:
         _remove_temporary(folder, os.getpid(), release)
         raise

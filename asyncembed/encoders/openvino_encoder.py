@@ -49,7 +49,7 @@ class OpenVinoEncoder:
 
     def __init__(self, graph: CachedGraph, *, name: str, dtype: str, prompt: str) -> None:
         ov = import_openvino()
-        weakref.finalize(self, graph.release)
+        release = weakref.finalize(self, graph.release)
         self._tensor = ov.Tensor
         self.name = name
         self.dtype = dtype
@@ -66,6 +66,8 @@ class OpenVinoEncoder:
         self._under_way: list[Any] = []
         self._ended_early: dict[int, FloatMatrix | Exception] = {}
         self._ran_out = False
+        if graph.is_temporary and sys.platform != "win32":
+            release()  # the files are read or mapped; to remove them later may fall to an event loop
         self._inputs: dict[int, list[Any]] = {}  # last: when all goes, the requests that read these go before them
 
     def __repr__(self) -> str:

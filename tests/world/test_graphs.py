@@ -339,23 +339,17 @@ def test_temporary_graphs_of_killed_processes_are_removed_after_a_day(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     temporary = tmp_path / "tmp"
-    temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    options = EmbedOptions(model=SentenceTransformer(str(model), device="cpu"), backend="openvino")
-    in_use = load_encoder(options)
-    (folder,) = temporary.iterdir()
-    killed, just_now, theirs = (temporary / f"{folder.name[:-1]}{name}" for name in ("killed", "now", "theirs"))
-    for copy in (killed, just_now, theirs):
-        shutil.copytree(folder, copy)
+    killed, just_now, theirs = (temporary / f"asyncembed-graph-{name}" for name in ("killed", "now", "theirs"))
+    for folder in (killed, just_now, theirs):
+        folder.mkdir(parents=True)
+        (folder / "lock").touch()
     (theirs / "lock").unlink()  # whatever it is, it is none of ours
-    for old in (folder, killed):
-        os.utime(old / "lock", (0, 0))
-    another = load_encoder(options)
-    assert {folder, just_now, theirs} < set(temporary.iterdir())
-    assert len(list(temporary.iterdir())) == 4
-    del in_use, another
-    gc.collect()
-    assert set(temporary.iterdir()) == {just_now, theirs}
+    os.utime(killed / "lock", (0, 0))
+    encoder = load_encoder(EmbedOptions(model=SentenceTransformer(str(model), device="cpu"), backend="openvino"))
+    assert set(temporary.iterdir()) == {just_now, theirs}  # its own is gone as soon as it is read
+    encoder.free_memory()
+    assert embed(encoder)[1] == "openvino"
 
 
 def test_full_disk_at_the_first_conversion_is_said_and_forgotten(
