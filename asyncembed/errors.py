@@ -82,6 +82,11 @@ class TextError(AsyncEmbedError):
         super().__init__(f"text {index} ({shown!r}) cannot be embedded: {reason}")
         self.index = index
         self.reason = reason
+        self._made_of = (index, shown, reason)
+
+    def __reduce__(self) -> tuple[type[TextError], tuple[int, str, str]]:
+        """It reaches another process as it is: an executor whose task raised it would break otherwise."""
+        return type(self), self._made_of
 
 
 class KilledBeforeError(AsyncEmbedError):

@@ -19,6 +19,18 @@ FILE_OPTIONS = ("input_format", "column", "header", "delimiter", "encoding", "es
 MODEL_OPTIONS = ("device", "backend", "dtype", "batch_size", "token_limit", "trust_remote_code", "allow_pickle")
 """Options that are decided with the model: a job on an embedder's model cannot choose them anew."""
 
+REQUEST_OPTIONS = (
+    "chunk_size",
+    "chunk_overlap",
+    "long_texts",
+    "prompt",
+    "prompt_name",
+    "task",
+    "normalize_embeddings",
+    "truncate_dim",
+)
+"""Options about texts and vectors: a job on an embedder's model takes over what it does not name."""
+
 Backend = Literal["auto", "torch", "openvino"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 LongTexts = Literal["average", "truncate", "error"]
@@ -58,6 +70,16 @@ def parse_bytes(value: int | str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise OptionsError(f"an amount of memory is a positive number of bytes, not {value!r}")
     return value
+
+
+def check_prompt(name: str, prompt: str | None) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        OptionsError: There is half a surrogate pair in it.
+    """
+    if prompt is not None and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise OptionsError(f"{name}={prompt!r} holds half a surrogate pair, which is no character")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +174,9 @@ class EmbedOptions:
         for name in ("prompt", "prompt_name", "task", "column", "delimiter", "encoding", "escape"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise OptionsError(f"{name}={getattr(self, name)!r} must be text, or None")
+        check_prompt("prompt", self.prompt)
+        if self.model is None or isinstance(self.model, (bool, int, float)):
+            raise OptionsError(f"model={self.model!r} must be a name, a folder, a SentenceTransformer, or an Encoder")
         self.max_memory_bytes  # noqa: B018  # refuses what is no amount of memory now, not mid-run
 
     @property

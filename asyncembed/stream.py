@@ -18,7 +18,14 @@ from asyncembed.engine import EngineHost
 from asyncembed.errors import AsyncEmbedError, ClosedError, OptionsError
 from asyncembed.iterables import check_source
 from asyncembed.job import Job, JobParts, Pending
-from asyncembed.options import DEFAULT_MODEL, DEFAULT_SAVE_PATH, FILE_OPTIONS, MODEL_OPTIONS, EmbedOptions
+from asyncembed.options import (
+    DEFAULT_MODEL,
+    DEFAULT_SAVE_PATH,
+    FILE_OPTIONS,
+    MODEL_OPTIONS,
+    REQUEST_OPTIONS,
+    EmbedOptions,
+)
 from asyncembed.records import EmbeddedText, FloatVector
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.summary import Summary
@@ -50,7 +57,7 @@ def embed_stream(
         save_path: Folder of one JSON file a text; texts it holds already are not computed again. None writes
             nothing.
         embedder: An open `AsyncEmbedder`, whose model is used as well: its requests go first. The options about the
-            model are its own then; those about chunks, prompt and vectors are still this job's.
+            model are its own then, and so are those about chunks, prompt, task and vectors that are not named here.
         **options: The other options of `EmbedOptions`.
 
     Returns:
@@ -82,7 +89,10 @@ def _options_beside(theirs: EmbedOptions, model: Any, options: Mapping[str, Any]
             raise OptionsError(
                 f"{name}={options[name]!r} is not the embedder's, which is {value!r}: one model serves both"
             )
-    return theirs.model, {**options, **fixed}
+    inherited = {name: getattr(theirs, name) for name in REQUEST_OPTIONS}
+    if "prompt" in options or "prompt_name" in options:
+        del inherited["prompt"], inherited["prompt_name"]
+    return theirs.model, {**inherited, **options, **fixed}
 
 
 TURNS_TO_CLOSE = 3

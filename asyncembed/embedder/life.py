@@ -105,6 +105,10 @@ class EmbedderLife:
         """
         if self._is_orphan:
             return
+        if self._driver is not None and asyncio.get_running_loop() is not (loop := self._driver.get_loop()):
+            if not loop.is_closed():
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.aclose(drain=drain), loop))
+            return
         if self._driver is None:
             self._state = "closed"
             self._model_thread.executor.shutdown(wait=False)

@@ -10,22 +10,11 @@ from asyncembed.encoders import KINDS, Encoder, Instruction, Kind, kind_prompt_o
 from asyncembed.errors import OptionsError, TextTypeError
 from asyncembed.iterables import why_other_items, without_line_ends
 from asyncembed.lane import BULK, INTERACTIVE
-from asyncembed.options import MODEL_OPTIONS, Blanks, EmbedOptions
+from asyncembed.options import MODEL_OPTIONS, REQUEST_OPTIONS, Blanks, EmbedOptions, check_prompt
 from asyncembed.records import AnyText, TokenText
 from asyncembed.wording import kind_of, why_no_text
 
 Priority = Literal["interactive", "bulk"] | int
-
-REQUEST_OPTIONS = (
-    "chunk_size",
-    "chunk_overlap",
-    "long_texts",
-    "prompt",
-    "prompt_name",
-    "task",
-    "normalize_embeddings",
-    "truncate_dim",
-)
 
 LAST_PRIORITY = 100
 _CLASSES = {"interactive": INTERACTIVE, "bulk": BULK}
@@ -86,6 +75,7 @@ class How:
         for name in ("prompt", "prompt_name", "task"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise OptionsError(f"{name}={getattr(self, name)!r} must be text, or None")
+        check_prompt("prompt", self.prompt)
         priority_of(self.priority)
 
     def instruction(

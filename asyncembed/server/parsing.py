@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import string
@@ -81,6 +82,12 @@ def _origins(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     return tuple(value.rstrip("/").lower() for value in values)
 
 
+def _seconds(_: click.Context, __: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number of seconds")
+    return value
+
+
 def _prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """With a slash before it and none behind."""
     if re.search(r"[?#]|://", value):
@@ -134,8 +141,8 @@ def _server_options() -> list[click.Parameter]:
         GroupedOption(["--root-path"], default="", callback=_prefix, metavar="PATH", group=SERVER,
                       help="The prefix under which a proxy serves this, such as /embed; whether the proxy takes it off "
                       "or not."),
-        GroupedOption(["--drain-s"], type=click.FloatRange(min=0), default=DEFAULT_DRAIN_S, metavar="SECONDS",
-                      show_default=True, group=SERVER, help="How long requests under way may take after SIGTERM."),
+        GroupedOption(["--drain-s"], type=click.FloatRange(min=0), callback=_seconds, default=DEFAULT_DRAIN_S,
+                      metavar="SECONDS", show_default=True, group=SERVER, help="How long requests under way may take after SIGTERM."),
         GroupedOption(["--alias", "aliases"], multiple=True, metavar="NAME", group=MODEL,
                       help="A further name that clients may use for the model; may be repeated."),
         GroupedOption(["--accept-token-ids"], is_flag=True, group=MODEL,

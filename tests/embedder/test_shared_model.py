@@ -44,7 +44,8 @@ async def test_job_gives_what_it_gives_alone_and_leaves_the_embedder_open(tmp_pa
 
 async def test_job_has_its_own_prompt_chunks_and_length() -> None:
     async with AsyncEmbedder(FakeEncoder(max_tokens=10), normalize_embeddings=True) as embedder:
-        stream = embed_stream(["aa bb ccc"], embedder=embedder, save_path=None, prompt="p: ", chunk_size=2)
+        own: dict[str, Any] = {"prompt": "p: ", "chunk_size": 2, "normalize_embeddings": False}
+        stream = embed_stream(["aa bb ccc"], embedder=embedder, save_path=None, **own)
         async for record in stream:
             assert [chunk.text.strip() for chunk in record.chunks] == ["aa bb", "ccc"]
             assert record.chunks[0].embedding.tolist() == vector("p: aa bb")

@@ -101,10 +101,11 @@ def deadly(folder: str, kill_above: int, token_limit: int, chunk_size: int) -> d
     return asyncio.run(job())
 
 
-def exhausted(backend: str, n_mib: int, n_texts: int) -> dict[str, Any]:
+def exhausted(backend: str, n_mib: int, n_texts: int, n_bytes: int = 0) -> dict[str, Any]:
     """A job with `n_mib` MiB of address space more than the loaded model takes, with the padded tokens of its `largest`
     batch, whatever became of it.
 
+    `n_bytes` is the bound itself, where an earlier job's is wanted: what is remembered is of a machine of that size.
     The model says that it runs on an accelerator: the first limit of one, 16,384 tokens, is what does not fit.
     """
     encoder = load_encoder(EmbedOptions(device="cpu", backend=backend))  # type: ignore[arg-type]
@@ -113,7 +114,7 @@ def exhausted(backend: str, n_mib: int, n_texts: int) -> dict[str, Any]:
     tokenizer = encoder.tokenizer()
     tokenizer.tokenize(list(long_texts(64)))
     encoder.device = "accelerator:0"
-    n_bytes = psutil.Process().memory_info().vms + n_mib * MIB
+    n_bytes = n_bytes or psutil.Process().memory_info().vms + n_mib * MIB
     resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
     sizes: list[int] = []
     start = encoder.start
@@ -123,7 +124,7 @@ def exhausted(backend: str, n_mib: int, n_texts: int) -> dict[str, Any]:
         return start(batch)
 
     encoder.start = noting  # type: ignore[method-assign]
-    return {**asyncio.run(run(encoder, n_texts, max_memory_usage=64 * MIB)), "largest": max(sizes)}
+    return {**asyncio.run(run(encoder, n_texts, max_memory_usage=64 * MIB)), "largest": max(sizes), "bound": n_bytes}
 
 
 class Constant(Killed):

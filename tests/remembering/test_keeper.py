@@ -349,8 +349,8 @@ def test_real_exhaustion_finishes_every_text_and_the_next_job_knows(cache_folder
     So many texts that one of the first two batches is too large, however few had been read for the first.
     """
     jobs = []
-    for _ in range(2):  # a process each: what the first leaves taken is not the second's to learn
-        done = child("exhausted", "torch", "200", "100")
+    for number in range(2):  # a process each: what the first leaves taken is not the second's to learn
+        done = child("exhausted", "torch", "200", "100", *([str(jobs[0]["bound"])] if number else []))
         assert done.returncode == 0, done.stderr
         jobs.append(json.loads(done.stdout))
     first, second = jobs

@@ -44,8 +44,9 @@ def storm(seed: int, work: Path) -> Iterator[Figures]:
 def _exhausted(backend: str, n_mib: int, cache: Path) -> Figures:
     name = f"{backend}, model + {n_mib} MiB"
     found = []
-    for _ in range(2):  # a process each: what the first leaves taken is not the second's to learn
-        job = _child(cache, "exhausted", backend, str(n_mib), str(N_TEXTS))
+    for number in range(2):  # a process each: what the first leaves taken is not the second's to learn
+        bound = [str(found[0]["bound"])] if number else []
+        job = _child(cache, "exhausted", backend, str(n_mib), str(N_TEXTS), *bound)
         if isinstance(job, str):
             return Figures(name, {}, (job,))
         found.append(job)
