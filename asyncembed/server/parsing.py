@@ -142,7 +142,8 @@ def _server_options() -> list[click.Parameter]:
                       help="The prefix under which a proxy serves this, such as /embed; whether the proxy takes it off "
                       "or not."),
         GroupedOption(["--drain-s"], type=click.FloatRange(min=0), callback=_seconds, default=DEFAULT_DRAIN_S,
-                      metavar="SECONDS", show_default=True, group=SERVER, help="How long requests under way may take after SIGTERM."),
+                      metavar="SECONDS", show_default=True, group=SERVER,
+                      help="How long requests under way may take after SIGTERM."),
         GroupedOption(["--alias", "aliases"], multiple=True, metavar="NAME", group=MODEL,
                       help="A further name that clients may use for the model; may be repeated."),
         GroupedOption(["--accept-token-ids"], is_flag=True, group=MODEL,
