@@ -11,7 +11,7 @@ class Orphan(Protocol):
     """What lives by threads, which a child process has not."""
 
     def orphan(self) -> None:
-        """Called in a child: refuse everything from here on, for nothing would ever answer."""
+        """Called in a child: refuse, or begin anew, for none of the parent's threads would ever answer."""
         ...
 
 

@@ -36,23 +36,25 @@ def disagreements(
     One chunk is computed at a time, in the thread that calls. Chunks that the model no longer takes are passed over.
     """
     tokenizer, max_tokens = input_of(encoder, instruction.task)
+    probe, bare = tokenizer.tokenize([instruction.prompt + "a", "a"])
+    n_prompt = probe.n_content - bare.n_content  # as the chunker counts them
     for stored in texts:
         lowest = 1.0
         for chunk in stored.chunks:
-            row = _row_of(tokenizer, instruction, chunk)
+            row = _row_of(tokenizer, instruction, n_prompt, chunk)
             if row is not None and row.length <= max_tokens:
                 lowest = min(lowest, _cosine(encoder.finish(encoder.start(Batch((row,))))[0], chunk.embedding))
         if not lowest >= least:
             yield stored, lowest
 
 
-def _row_of(tokenizer: Tokenizer, instruction: Instruction, chunk: EmbeddedChunk) -> Chunk | None:
+def _row_of(tokenizer: Tokenizer, instruction: Instruction, n_prompt: int, chunk: EmbeddedChunk) -> Chunk | None:
     """What was computed of a stored chunk: the first `n_tokens` tokens of its text, as it may have been truncated.
 
     None if its text has fewer: it was tokenised otherwise.
     """
-    found, bare = tokenizer.tokenize([instruction.prompt + chunk.text, chunk.text])
-    n_dropped = bare.n_content - chunk.n_tokens
+    found = tokenizer.tokenize([instruction.prompt + chunk.text])[0]
+    n_dropped = found.n_content - n_prompt - chunk.n_tokens
     if n_dropped < 0:
         return None
     end = len(found.ids) - found.n_suffix

@@ -31,3 +31,9 @@ async def test_sound_folder_of_cut_and_long_texts_is_gone_on_with(
     if reads == "tokens":  # a live model has no name by which it could be found
         assert store(["verify", str(tmp_path / "data"), "--recompute", "4"]) == 0
         assert "4 computed again, 0 faults" in capsys.readouterr().out
+
+
+async def test_sound_folder_whose_prompt_runs_into_the_texts_is_gone_on_with(tmp_path: Path) -> None:
+    """The prompt's last letters and the text's first make one token, where the text alone has two."""
+    for texts in (["ing boats"], ["ing boats", "ing herons"]):
+        await embed_stream(texts, prompt="find", save_path=tmp_path / "data")
