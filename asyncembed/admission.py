@@ -23,12 +23,6 @@ def life_bytes(text: str, dim: int, max_tokens: int, overlap: int = 0) -> int:
     The text itself, its token ids as int32, a vector for each chunk, and the encoded JSON with the text again.
     Tokens are taken as two for three bytes of UTF-8: three times what English prose has, and just enough for code
     and for scripts that a vocabulary cuts into letters, where chunks are not quite full either.
-
-    Args:
-        text: The text.
-        dim: Dimensions of a vector.
-        max_tokens: Tokens of a chunk.
-        overlap: Tokens that neighbouring chunks share.
     """
     n_bytes = len(text) if text.isascii() else 4 * len(text)
     n_encoded = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
@@ -36,15 +30,7 @@ def life_bytes(text: str, dim: int, max_tokens: int, overlap: int = 0) -> int:
 
 
 def token_life_bytes(n_bytes: int, n_tokens: int, dim: int, max_tokens: int, overlap: int = 0) -> int:
-    """The same for a text of so many tokens.
-
-    Args:
-        n_bytes: What the text itself takes.
-        n_tokens: Its tokens.
-        dim: Dimensions of a vector.
-        max_tokens: Tokens of a chunk.
-        overlap: Tokens that neighbouring chunks share.
-    """
+    """The same for a text of so many tokens."""
     n_chunks = max(0, n_tokens - overlap) // max(1, max_tokens - overlap) + 1
     if n_chunks > 1 and overlap:  # every chunk but the first repeats so many tokens, as ids and as text
         repeated = 1 + overlap / max(1, max_tokens - overlap)
@@ -67,11 +53,6 @@ class AdmissionQueue:
 
     A reservation is made once, for the text's whole life, and never waited for again: holding one while waiting
     for more would be a deadlock. If nothing is in flight, a text larger than the whole budget is let in alone.
-
-    Args:
-        max_bytes: The budget.
-        under_pressure: True if the process itself has grown beyond the budget; only an eighth of the budget is
-            given then. Asked after every 64th part of the budget, as it costs a system call.
     """
 
     def __init__(self, max_bytes: int, under_pressure: Callable[[], bool] | None = None) -> None:

@@ -74,12 +74,7 @@ def defect(vector: FloatVector) -> str | None:
 
 
 class Assembler:
-    """Collects the vectors of each text's chunks and gives the text when the last has come.
-
-    Args:
-        normalize: Scale vectors of chunks and texts to length 1.
-        truncate_dim: Keep the first dimensions only, before scaling.
-    """
+    """Collects the vectors of each text's chunks and gives the text when the last has come."""
 
     def __init__(self, *, normalize: bool = False, truncate_dim: int | None = None) -> None:
         self._normalize = normalize

@@ -60,20 +60,6 @@ class ChunkedText:
 class Chunker:
     """Turns texts into chunks. Used by one thread.
 
-    Args:
-        tokenizer: A tokenizer that only that thread uses.
-        max_tokens: Most tokens of a row, special tokens and prompt included.
-        prompt: Put before every chunk.
-        task: What the model is told besides: its chunks go by it.
-        chunk_size: Most tokens of a chunk without special tokens and prompt; None takes what the model takes.
-        chunk_overlap: Tokens that neighbouring chunks share.
-        long_texts: What becomes of a text longer than a chunk.
-        blanks: What becomes of a text without tokens: an `error`, or `encode` makes the chunk of special tokens and
-            prompt alone that the model's own `encode` takes; its weight is 0 tokens.
-        splitter: Splits long texts; None makes a `RecursiveCharacterTextSplitter` at the first of them. One whose
-            `length_function` is this chunker's `count` is asked only for texts longer than its own chunk size; any
-            other is asked for every text.
-
     Attributes:
         recorded_size: What the fingerprint calls `chunk_size`: a folder may record more than the model takes.
 

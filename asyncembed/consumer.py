@@ -79,19 +79,6 @@ class Consumer:
     One batch more than the encoder has slots is kept ready, so that the model's thread never waits for the event
     loop; while that one has not begun it is taken back and chosen anew when more chunks arrive and it is not full, or
     they are more urgent than it is. A batch is the smaller where several slots are idle: they share what waits.
-
-    Args:
-        encoder: The model.
-        heap: Where chunks wait.
-        estimator: The limit of a batch.
-        max_rows: Most rows of a batch; None for no bound.
-        worker: The thread that owns the model.
-        on_embedded: Receives the chunks of a batch and their vectors, on the event loop.
-        on_failed: Receives a chunk that failed alone, and why, on the event loop.
-        on_settled: Called on the event loop after each batch, whatever became of it.
-        held: Asked before each batch for the lanes that are held back until `wake`: what is computed but not yet saved
-            must not pile up.
-        is_wanted: Asked for chunks that are to be retried or go back into the heap; those it denies are dropped.
     """
 
     def __init__(

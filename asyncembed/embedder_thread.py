@@ -16,9 +16,6 @@ class EmbedderThread:
     """Opens an embedder on a loop of its own; use the embedder's `embed_threadsafe`.
 
     The thread is a daemon: a program that forgets to close it still ends.
-
-    Args:
-        make: Makes the embedder; called in the thread.
     """
 
     def __init__(self, make: Callable[[], AsyncEmbedder]) -> None:

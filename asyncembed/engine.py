@@ -30,14 +30,7 @@ class EngineStatistics(NamedTuple):
 
 
 class Engine:
-    """One model at work.
-
-    Args:
-        encoder: The model.
-        estimator: The limit of a batch in padded tokens.
-        model_thread: The thread that owns the model; closed by its owner, not by the engine.
-        max_rows: Most rows of a batch.
-    """
+    """One model at work."""
 
     def __init__(
         self, encoder: Encoder, estimator: LimitEstimator, *, model_thread: WorkerThread, max_rows: int | None = None
@@ -79,14 +72,7 @@ class Engine:
         may_compute: Callable[[], bool] = lambda: True,
         chunk_long: ChunkLongText | None = None,
     ) -> Lane:
-        """A way in for one user of the engine, who has to `run` it.
-
-        Args:
-            chunk: Texts into chunks; called in a thread of the lane's own.
-            assembler: Puts vectors together.
-            may_compute: Asked before each batch; False holds back what came by this lane.
-            chunk_long: The same for one long text, called in another thread, so that nobody waits for it.
-        """
+        """A way in for one user of the engine, who has to `run` it."""
         number = next(self._numbers)
         self._lanes[number] = lane = Lane(
             number,

@@ -60,14 +60,6 @@ class ChunkHeap:
     need no further padding: without bound from its own class, and from later ones with as many rows as it has, so
     that urgent rows wait at most twice as long for their own batch. An old chunk of any class overrides all, so every
     wait is bounded.
-
-    Args:
-        prompt_below: Classes below this are somebody waiting: their batches are small, chosen among the oldest chunks,
-            and hold the oldest one. With 64 callers who each wait for one text the slowest in a hundred take 1.3 to
-            1.5 times as long as the average; with full batches around the oldest chunk it is twice as long, and for
-            short texts, whose padding grows with the rows, the model does a quarter less.
-        max_age: Batches after which a chunk is forced into the next one. Later classes wait
-            `max_age` longer for each class before them.
     """
 
     def __init__(self, max_age: int = MAX_AGE, *, prompt_below: int = 0) -> None:
@@ -133,14 +125,7 @@ class ChunkHeap:
     def take(
         self, limit: int, max_rows: int | None = None, held: Collection[int] = (), *, share: int | None = None
     ) -> Batch | None:
-        """The next batch, or None if nothing waits.
-
-        Args:
-            limit: Most padded tokens, rows × longest. A single chunk longer than that is a batch of one.
-            max_rows: Most rows; None for no bound.
-            held: Lanes whose chunks stay where they are.
-            share: Fewer padded tokens than the limit, for this batch: what waits is to be shared with others.
-        """
+        """The next batch, or None if nothing waits."""
         places = sorted(place for place in self._windows if place.lane not in held)
         if not places:
             return None

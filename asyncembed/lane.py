@@ -61,20 +61,7 @@ def window_tokens(estimator: LimitEstimator) -> int:
 
 
 class Lane:
-    """Opened by `Engine.open_lane`; `run` works until it is closed and done.
-
-    Args:
-        number: Its number within the engine.
-        heap: Where chunks wait.
-        consumer: What takes them from there.
-        estimator: The limit of a batch.
-        chunk: Texts into chunks, called in a thread of the lane's own.
-        chunk_long: The same for a text that is longer than a call may be, called in a thread of its own, so that
-            nobody waits for it; None leaves these to `chunk`.
-        assembler: Puts vectors together.
-        may_compute: Asked before each batch; False holds this lane's chunks back until `resume`.
-        on_ended: Called when `run` has ended.
-    """
+    """Opened by `Engine.open_lane`; `run` works until it is closed and done."""
 
     def __init__(
         self,

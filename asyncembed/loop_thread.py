@@ -14,12 +14,7 @@ from asyncembed.stream import EmbedStream
 
 
 class LoopThread:
-    """A stream awaited in a thread of its own, so that the caller's loop, if any, is left alone.
-
-    Args:
-        stream: The job, not yet started; its source is `handoff`.
-        handoff: What the calling thread fills; closed when the job ends, so that nobody fills it in vain.
-    """
+    """A stream awaited in a thread of its own, so that the caller's loop, if any, is left alone."""
 
     def __init__(self, stream: EmbedStream, handoff: Handoff) -> None:
         self._stream = stream

@@ -115,11 +115,6 @@ def tokens_that_fit(n_free: int, bytes_per_token: float, slots: int = 1) -> int:
     """Padded tokens of a batch for which half of the free memory is enough, `slots` of them at once; at least 1.
 
     The other half is for the texts in flight, and for what neighbours take in the meantime.
-
-    Args:
-        n_free: Bytes that can still be taken.
-        bytes_per_token: What a padded token takes while its batch runs.
-        slots: Batches that the model has under way at once.
     """
     return max(1, int(n_free / (2 * slots * bytes_per_token)))
 
@@ -132,11 +127,7 @@ def available_bytes() -> int:
 
 
 class MemoryBudget:
-    """The bytes that texts in flight may take.
-
-    Args:
-        max_bytes: The budget; None takes the smaller of a quarter of what is free and 2 GB.
-    """
+    """The bytes that texts in flight may take."""
 
     def __init__(self, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes if max_bytes is not None else max(1, min(available_bytes() // 4, DEFAULT_BUDGET_CAP))

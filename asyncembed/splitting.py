@@ -34,11 +34,7 @@ class TextSplitter(Protocol):
 
 
 class TokenCounter:
-    """Counts the tokens of a text, without special tokens and prompt: a `length_function` for a splitter.
-
-    Args:
-        tokenizer: A tokenizer that only the calling thread uses.
-    """
+    """Counts the tokens of a text, without special tokens and prompt: a `length_function` for a splitter."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -59,11 +55,6 @@ def default_splitter(count: Callable[[str], int], chunk_size: int, chunk_overlap
     """A `RecursiveCharacterTextSplitter` by paragraphs, lines, sentences and words.
 
     Its import alone takes most of a second, so it is made at the first long text.
-
-    Args:
-        count: Text → tokens.
-        chunk_size: Most tokens of a piece.
-        chunk_overlap: Tokens that neighbouring pieces share.
     """
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 

@@ -19,11 +19,6 @@ _END = object()
 class StepIntake:
     """Takes items while they fit the budget.
 
-    Args:
-        max_bytes: The budget.
-        life_of: Bytes that a text takes until it is saved.
-        on_skipped: Receives rows that the user asked to skip, with their places.
-
     Attributes:
         open: Items taken and not yet released, by position.
         n_taken: Items taken so far.

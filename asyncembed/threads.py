@@ -65,9 +65,6 @@ class WorkerThread:
         """Drop the calls that have not begun, wait for the one under way, and end the thread. Idempotent.
 
         Cancelled while waiting, it leaves the thread to end by itself after its last call.
-
-        Args:
-            last: Called in the thread after all others, whatever becomes of who waits.
         """
         if self._closed:
             return

@@ -47,13 +47,6 @@ class SpeedTuner:
     its own end. Of batches that overlap only their sum means anything, so several of one size in a row make a sample,
     without the first ones, which overlapped with those of the other size: each of them would be taken for what the
     others had under way, and the smaller size for up to a third faster than it is.
-
-    Args:
-        start: The first size, in padded tokens.
-        smallest: Never try less.
-        largest: Never try more.
-        slots: Batches that the model has under way at once.
-        settled: Nothing is to be tried: `start` is what an earlier search found.
     """
 
     def __init__(self, start: int, smallest: int, largest: int, *, slots: int = 1, settled: bool = False) -> None:

@@ -101,12 +101,6 @@ def best_run(lengths: Int64s, limit: int, max_rows: int, forced: int | None = No
     Every run is named by its longest row: it takes as many rows below it as the limit allows. Its cost is its padded
     tokens and a batch's overhead, so padding and missing rows count alike.
 
-    Args:
-        lengths: Shape `(n,)`, ascending, n ≥ 1.
-        limit: Most padded tokens, rows × longest; a single row may exceed it.
-        max_rows: Most rows.
-        forced: A position that must be in the run.
-
     Returns:
         Start and stop of the run, in O(n) without a Python loop.
     """
@@ -165,12 +159,6 @@ def shared_run(lengths: Int64s, limit: int, max_rows: int, forced: int) -> tuple
 
 def prompt_run(window: Window, limit: int, max_rows: int, share: int | None = None) -> tuple[Int64s, int]:
     """A small batch for somebody who waits: the oldest row, and what goes best with it among the oldest.
-
-    Args:
-        window: Sorted and not empty.
-        limit: Most padded tokens of any batch.
-        max_rows: Most rows.
-        share: Fewer tokens still.
 
     Returns:
         Positions in the window, ascending, and the limit that they were chosen for.

@@ -21,10 +21,6 @@ logger = logging.getLogger("asyncembed")
 class Console:
     """The program's voice. As a context manager it also speaks for the library's log.
 
-    Args:
-        quiet: Neither progress nor results in words; warnings and errors only.
-        verbose: The log's lines below warnings too, and tracebacks.
-
     Attributes:
         display: The progress shown on standard error.
     """

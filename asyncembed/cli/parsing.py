@@ -43,13 +43,7 @@ def parse(arguments: Sequence[str]) -> Request | int:
 
 
 class GroupedCommand(click.Command):
-    """A command whose help groups the options and ends with examples and exit codes.
-
-    Args:
-        groups: Headings of options, in order; one without options is left out.
-        examples: A command line and what it does.
-        meanings: Exit codes and what they mean.
-    """
+    """A command whose help groups the options and ends with examples and exit codes."""
 
     def __init__(
         self,

@@ -70,12 +70,7 @@ class Silent:
 
 
 class Lines(Silent):
-    """A line when something begins, after ten seconds, and every thirty seconds from then on.
-
-    Args:
-        file: Where the lines go; None takes standard error.
-        clock: Seconds that only go forward.
-    """
+    """A line when something begins, after ten seconds, and every thirty seconds from then on."""
 
     def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(file)

@@ -19,13 +19,7 @@ def is_complete(summary: Summary) -> bool:
 
 
 def summary_lines(summary: Summary, source: str, texts: str | None = None) -> Iterator[str]:
-    """The numbers in words.
-
-    Args:
-        summary: The numbers.
-        source: The input's name.
-        texts: Python that reads the input again; None if it cannot be.
-    """
+    """The numbers in words."""
     yield _headline(summary, source)
     if summary.chunks:
         yield (

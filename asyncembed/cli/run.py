@@ -23,14 +23,7 @@ ABANDON_S = 1.0
 
 
 class Run:
-    """One run, executed once.
-
-    Args:
-        request: What the user asked for.
-        texts: The input, open.
-        console: Where words go.
-        signals: The program's handlers.
-    """
+    """One run, executed once."""
 
     def __init__(self, request: Request, texts: FileTexts, console: Console, signals: Signals) -> None:
         self._request = request

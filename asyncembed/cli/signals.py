@@ -25,10 +25,6 @@ class Signals:
     no moment in between at which the interpreter's own handlers would answer, and a second signal is heard even if the
     event loop hangs.
 
-    Args:
-        program: The program's name, which begins every line.
-        farewell: What the second signal says.
-
     Attributes:
         received: The signal that asked the run to stop; None if none did.
     """

@@ -30,11 +30,7 @@ class Answer(NamedTuple):
 
 
 class AnswerCache:
-    """The answers used last, by instruction and text.
-
-    Args:
-        max_bytes: Most bytes of texts and vectors; 0 keeps nothing.
-    """
+    """The answers used last, by instruction and text."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

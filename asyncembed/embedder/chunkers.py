@@ -26,13 +26,7 @@ KEPT_CHUNKERS = 32
 
 
 class InstructionChunkers:
-    """Turns texts with instructions of their own into chunks. Used by one thread.
-
-    Args:
-        encoder: The model.
-        options: `prompt`, `prompt_name`, `task`, `chunk_size`, `chunk_overlap` and `long_texts` are read.
-        wrap: Makes of a tokenizer the one that is used.
-    """
+    """Turns texts with instructions of their own into chunks. Used by one thread."""
 
     def __init__(
         self, encoder: Encoder, options: EmbedOptions, wrap: Callable[[Tokenizer], Tokenizer] | None = None

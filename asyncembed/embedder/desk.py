@@ -22,17 +22,7 @@ from asyncembed.wording import plural
 
 
 class Request:
-    """One call of an app.
-
-    Args:
-        texts: What to embed.
-        instruction: What the model is told with each.
-        priority: Class of urgency.
-        dim: Dimensions of a vector.
-        takes_blanks: Whether a text without tokens gets what `encode` gives it; if not, it fails.
-        keep_errors: Whether a text that fails is kept in `errors`; if not, it fails the request.
-        shape: What the caller gets, made of the request when all is there.
-    """
+    """One call of an app."""
 
     def __init__(
         self,
@@ -96,14 +86,6 @@ class Desk:
     """Takes requests' texts in while there is room, has each computed once, and answers all who wait for it.
 
     Half of the budget is kept for the interactive class, so that a long list of another never stands in its way.
-
-    Args:
-        lane: The way into the engine.
-        dim: Dimensions of a vector of the model.
-        chunk_size: Tokens of a chunk.
-        chunk_overlap: Tokens that neighbouring chunks share.
-        max_bytes: What all texts under way may take.
-        cache_bytes: What is kept of answers.
     """
 
     def __init__(

@@ -15,11 +15,6 @@ class IdChunker:
 
     Ids that carry the special tokens of a whole row already are taken without them. A row's text, which only models
     that take no ids look at, is what the tokenizer makes of the ids.
-
-    Args:
-        tokenizer: A tokenizer that only that thread uses.
-        max_tokens: Most tokens of a row, special tokens and prompt included.
-        chunker: Gives prompt, size, overlap and what becomes of long texts.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, chunker: Chunker) -> None:

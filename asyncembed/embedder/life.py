@@ -30,13 +30,7 @@ Opened = TypeVar("Opened", bound="EmbedderLife")
 
 
 class EmbedderLife:
-    """The life of an embedder: it loads the model, keeps the engine running, and tells everyone when it ends.
-
-    Args:
-        options: Those about model, chunks and vectors.
-        max_pending_bytes: What texts under way may take together.
-        cache_bytes: What to keep of the vectors used last.
-    """
+    """The life of an embedder: it loads the model, keeps the engine running, and tells everyone when it ends."""
 
     def __init__(self, options: EmbedOptions, *, max_pending_bytes: int, cache_bytes: int) -> None:
         self.options = options
@@ -95,10 +89,6 @@ class EmbedderLife:
 
     async def aclose(self, *, drain: bool = True) -> None:
         """Take no more requests, and end. Idempotent. Jobs on the model end with a `ClosedError`.
-
-        Args:
-            drain: Finish the requests that wait, those that still wait for room included. If False they end with a
-                `ClosedError` at once; only the batches in hand run to their end.
 
         Cancelled while it drains, it refuses the rest with a `ClosedError`, and leaves the model's thread to end by
         itself.

@@ -29,11 +29,6 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 def convert(encoder: TorchEncoder, *, with_types: bool, features: dict[str, Any]) -> Any:
     """The graph of transformer, pooling and all that follows, as an `openvino.Model`.
 
-    Args:
-        encoder: Runs the model, in float32 on the CPU.
-        with_types: Whether it takes `token_type_ids`.
-        features: Further features that it wants, constant for all batches.
-
     Raises:
         Exception: Whatever the conversion raises: the caller falls back on torch.
     """

@@ -149,12 +149,6 @@ def load_graph(key: str) -> CachedGraph | None:
 def keep_graph(key: str | None, source: Path | None, tokenizer: str, save: Callable[[Path], GraphFacts]) -> CachedGraph:
     """Keep a graph; in a temporary folder, for this process only, if it has no key or the cache cannot be written.
 
-    Args:
-        key: From `graph_key`; None for a model without a folder.
-        source: The model's folder.
-        tokenizer: The tokenizer's JSON.
-        save: Writes `model.xml` and `model.bin` to the path it is given, and checks them as they lie there.
-
     Raises:
         OSError: It cannot be written anywhere.
         Exception: What `save` raises.

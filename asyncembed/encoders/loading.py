@@ -56,11 +56,6 @@ def model_folder(model: str | os.PathLike[str]) -> Path | None:
 def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
     """Load the model that the options name, or wrap the live one they hold. Blocking, takes seconds.
 
-    Args:
-        options: `model`, `device`, `backend`, `dtype`, `prompt`, `prompt_name`, `truncate_dim`, `trust_remote_code`
-            and `allow_pickle` are read.
-        dtype: What `dtype="auto"` means for this job, where a folder of results says so.
-
     Raises:
         OptionsError: The device or prompt does not exist, or the model's vectors are shorter than `truncate_dim`.
         ModelError: The model cannot be loaded.

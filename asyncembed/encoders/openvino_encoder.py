@@ -36,12 +36,6 @@ class OpenVinoEncoder:
     On two cores two streams of one thread give 1.2 to 1.6 times the tokens per second of one stream of two threads.
     One batch more than there are streams is under way: OpenVINO begins it the moment a stream is free, without waiting
     for Python, whose threads have their own use for the cores.
-
-    Args:
-        graph: The graph, from the cache.
-        name: What the user called the model.
-        dtype: `float32`, `bfloat16` or `float16`: the precision of the arithmetic; vectors are float32.
-        prompt: Put before every chunk.
     """
 
     backend = "openvino"

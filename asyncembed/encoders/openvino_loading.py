@@ -55,13 +55,6 @@ def convert_and_keep(
 ) -> OpenVinoEncoder:
     """Convert a torch encoder, in float32 on the CPU, check the graph, and keep it.
 
-    Args:
-        encoder: The model, loaded from `folder`.
-        folder: Where it lies; None for one that is live. Its graph is not kept.
-        key: The key of `folder`, from before the model was loaded if it can be changed.
-        options: What the user chose.
-        dtype: Precision of the arithmetic.
-
     Raises:
         ModelError: It does not convert or does not agree; remembered, so that the next start does not try again. Or
             there was no memory or disk for it, which is not.

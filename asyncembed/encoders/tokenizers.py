@@ -26,13 +26,7 @@ _BLANK = "▁"
 
 
 class FastTokenizer:
-    """A private copy of a fast tokenizer, with truncation and padding off.
-
-    Args:
-        tokenizer: The tokenizer to copy.
-        unknown: The unknown token; None if the vocabulary has none.
-        cuts_left: The model's own truncation keeps the end of a long text, and not its beginning.
-    """
+    """A private copy of a fast tokenizer, with truncation and padding off."""
 
     def __init__(self, tokenizer: RustTokenizer, unknown: str | None, *, cuts_left: bool = False) -> None:
         self.cuts_left = cuts_left

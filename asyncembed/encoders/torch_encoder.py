@@ -44,13 +44,6 @@ class TorchEncoder:
     straight in; otherwise, and always in a model that has several tasks, the chunk's text goes through the model's own
     preprocessing.
 
-    Args:
-        model: The SentenceTransformer, in place on its device.
-        prompt: Put before every chunk.
-        prompt_name: Name of one of the model's prompts, if `prompt` is None.
-        weights: The hash of its weights as they were stored, if known; None hashes the live ones whenever asked.
-        name: What the user called it; None asks the model.
-
     Raises:
         OptionsError: The model has no prompt of that name.
         ModelError: The model makes no vector of a text; the message says why.

@@ -64,13 +64,7 @@ def file_hash(path: Path) -> str:
 
 
 def cached_hash(folder: Path | None, variant: str, compute: Callable[[], str]) -> str:
-    """`compute()`, remembered in the user's cache for a folder of more than a gigabyte.
-
-    Args:
-        folder: Where the model was loaded from; None computes every time.
-        variant: What else the hash depends on, such as the dtype it was loaded in.
-        compute: Makes the hash.
-    """
+    """`compute()`, remembered in the user's cache for a folder of more than a gigabyte."""
     if folder is None or sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= _HASHED_WHOLE:
         return compute()
     key = hashlib.sha256(json.dumps([contents_hash(folder), variant]).encode()).hexdigest()

@@ -26,17 +26,7 @@ Delivered = tuple[Pending, EmbeddedText]
 
 
 class Delivery:
-    """Saves and delivers results.
-
-    Args:
-        store: Where results are saved; None if nowhere.
-        summary: Counts what is delivered.
-        ordered: Deliver in the order of the input.
-        on_error: Whether a failed text ends the run.
-        deliver: Receives each result whose turn has come.
-        settled: Told of each micro-batch that is saved.
-        on_progress: Called after each micro-batch is counted and delivered.
-    """
+    """Saves and delivers results."""
 
     def __init__(
         self,

@@ -19,16 +19,7 @@ logger = logging.getLogger("asyncembed")
 
 
 class Intake:
-    """Reads a source into groups of admitted texts.
-
-    Args:
-        source: What the feed reads; a file's own counts of blank rows are taken from it.
-        feed: The source in micro-batches.
-        admission: The budget.
-        summary: Counts skipped and blank rows.
-        on_skipped: Awaited with the rows skipped on request and their places.
-        on_waiting: Called when a text has to wait for room.
-    """
+    """Reads a source into groups of admitted texts."""
 
     def __init__(
         self,

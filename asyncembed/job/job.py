@@ -65,13 +65,7 @@ class JobParts:
 
 
 class Job:
-    """`run` does it all; results come out of `results`, each to be given back with `release` once delivered.
-
-    Args:
-        source: Any iterable or async iterable of texts.
-        options: What the user chose.
-        parts: What the caller put in the place of the defaults.
-    """
+    """`run` does it all; results come out of `results`, each to be given back with `release` once delivered."""
 
     def __init__(self, source: Any, options: EmbedOptions, parts: JobParts) -> None:
         folder = options.folder

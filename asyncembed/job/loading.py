@@ -26,12 +26,6 @@ def load_all(
 ) -> tuple[Encoder, Chunker, dict[str, Any]]:
     """The model, its chunker and their fingerprint (empty if nothing is saved). Blocking, takes seconds.
 
-    Args:
-        options: What the user chose.
-        splitter: Splits long texts; None for the default.
-        recorded: The folder's fingerprint, or nothing: what the user left open is taken from it.
-        loaded: The model, if it is loaded already.
-
     Raises:
         OptionsError: An option does not go with the model.
         ModelError: The model cannot be loaded.

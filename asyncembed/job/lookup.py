@@ -26,12 +26,6 @@ class Lookup:
 
     Identical texts are computed once: while the first is under way the others wait for its result; afterwards they
     are read from the store. Without a store only texts under way are shared: an endless stream must not grow a set.
-
-    Args:
-        store: Where results are saved; None if nowhere.
-        want_vectors: Whether saved vectors are read back.
-        finished: Receives each text that has its result.
-        priority: Class of urgency within the engine.
     """
 
     def __init__(

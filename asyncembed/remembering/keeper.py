@@ -44,12 +44,6 @@ class LimitKeeper:
 
     `before` and `after` are called in the model's thread, around every batch. They touch the disk only when a batch
     is larger than any that has run on this machine, or when something was learnt that the next run should know.
-
-    Args:
-        encoder: The model.
-        token_limit: The user's own first limit; then nothing is remembered, neither read nor kept.
-        file: Where it is kept; None for the user's cache folder.
-        clock: Seconds since 1970.
     """
 
     def __init__(

@@ -71,12 +71,7 @@ def limits_root() -> Path:
 
 
 class LimitFile:
-    """The file of one model on one device. All that is blocking here takes a millisecond or so.
-
-    Args:
-        facts: What tells it from all others: model, backend, precision, device, memory.
-        root: The folder; None for the user's own.
-    """
+    """The file of one model on one device. All that is blocking here takes a millisecond or so."""
 
     def __init__(self, facts: Mapping[str, Any], root: Path | None = None) -> None:
         self._facts = dict(facts)

@@ -18,13 +18,7 @@ SMALL_BYTES = 1 << 16
 
 
 class Bodies:
-    """Counts the bytes of bodies that are held, being read or waiting to be parsed.
-
-    Args:
-        max_bytes: Most bytes of one.
-        max_total_bytes: Most bytes of all together.
-        read_s: Seconds a body may take to arrive.
-    """
+    """Counts the bytes of bodies that are held, being read or waiting to be parsed."""
 
     def __init__(self, max_bytes: int, max_total_bytes: int, read_s: float = READ_S) -> None:
         self.max_bytes = max_bytes

@@ -12,16 +12,7 @@ SERVER = "server_error"
 
 
 class ApiError(Exception):
-    """An answer that is an error.
-
-    Args:
-        status: HTTP status.
-        message: What is wrong, for a person.
-        kind: The class of error.
-        param: The part of the request that is wrong.
-        code: A name for programs.
-        headers: Further headers of the answer.
-    """
+    """An answer that is an error."""
 
     def __init__(
         self,

@@ -42,11 +42,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[EmbedderStatistics], float]], ...] = (
 
 
 class Metrics:
-    """The server's figures, in a registry of its own.
-
-    Args:
-        statistics: What the embedder says of itself.
-    """
+    """The server's figures, in a registry of its own."""
 
     def __init__(self, statistics: Callable[[], EmbedderStatistics]) -> None:
         self._registry = CollectorRegistry()

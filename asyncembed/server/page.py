@@ -32,14 +32,7 @@ print(len(answer.data), "vectors of", len(answer.data[0].embedding), "dimensions
 
 
 def help_page(settings: ServerSettings, url: str, state: str, facts: str) -> str:
-    """The page.
-
-    Args:
-        settings: Of the server.
-        url: Where the client found it, without a slash at the end.
-        state: Of the model, in a word.
-        facts: More about the model; empty while it is being loaded.
-    """
+    """The page."""
     model = settings.names[0]
     has_key = settings.api_key is not None
     header = ' -H "Authorization: Bearer $ASYNCEMBED_API_KEY"' if has_key else ""

@@ -156,11 +156,6 @@ def encode_answer(answer: CountedVectors, asked: EmbeddingsRequest, model: str) 
 
     A vector at a time: the interpreter can turn to another thread in between, where one call for all of a large
     answer would hold it.
-
-    Args:
-        answer: What was asked for.
-        asked: Gives form and dimensions.
-        model: The name to give the model.
     """
     vectors = np.ascontiguousarray(cut(answer.vectors, asked.dimensions), "<f4")
     encode = _as_base64 if asked.encoding_format == "base64" else _as_floats

@@ -30,12 +30,6 @@ Condition = Literal["loading", "ready", "closing", "broken"]
 class Service:
     """One model, loaded in the background, that answers until it is closed.
 
-    Args:
-        settings: What the user asked for.
-        embedder: The model; None makes it of the settings.
-        on_ready: Called when the model is loaded.
-        on_broken: Called when it cannot go on.
-
     Attributes:
         error: Why it cannot go on; None if it can.
         worker: A thread for JSON that is too large for the event loop.

@@ -42,9 +42,6 @@ class Fault:
 class FolderCheck:
     """Reads every file of a folder and says what is wrong. Changes nothing, needs no lock.
 
-    Args:
-        paths: The folder.
-
     Attributes:
         n_files: Per-text files read so far.
         n_unlisted: Of those, whole ones that neither index nor journal knows; the next run takes them in.

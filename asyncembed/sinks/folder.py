@@ -114,10 +114,6 @@ def storage_errors(path: str) -> Iterator[None]:
 def make_folders(paths: StorePaths, *, durable: bool = False) -> None:
     """Create the folder and the one of its per-text files.
 
-    Args:
-        paths: What to create.
-        durable: Wait until the names of new folders are on the platter.
-
     Raises:
         StoreError: A file is in the way, or the folder cannot be written to.
     """
@@ -235,11 +231,6 @@ def record_ids(paths: StorePaths, *, clean: bool = False, only_files: bool = Tru
     """The ids of the per-text files in the folder, in blocks, in no order; nothing is opened.
 
     Files with other names are left alone.
-
-    Args:
-        paths: Where to look.
-        clean: Remove the temporary files that a killed run left, and the empty ones that a power cut did.
-        only_files: Pass over what has the name of a per-text file and is none: a folder, a FIFO, a link to no file.
     """
     block: list[str] = []
     try:

@@ -126,13 +126,6 @@ def write_index(
 ) -> IndexState:
     """Replace the index by the merge of itself and the journal, in bounded memory.
 
-    Args:
-        path: Where it goes.
-        header: Its first line.
-        old: The index so far, if it is intact.
-        journal: The journal; it may not exist.
-        still_there: Which of some ids have their file. A text called completed whose file is gone is left out.
-
     Returns:
         The state of the new index.
 

@@ -26,10 +26,6 @@ class Journal:
     """An append-only file of JSON lines, the first of which repeats the header.
 
     While it exists, the index is behind: a run is under way, or was killed. A clean end removes it.
-
-    Args:
-        path: The file.
-        durable: Wait after each append until it is on the platter.
     """
 
     def __init__(self, path: str, *, durable: bool = False) -> None:

@@ -30,11 +30,6 @@ class JsonStore:
     `aclose` completes the index and gives the lock back. Constructing one touches nothing. Everything that blocks runs
     in the store's own thread, one call at a time; cancelling a call stops the waiting, and a call that had begun runs
     to its end.
-
-    Args:
-        save_path: The folder; made if it is not there.
-        overwrite: Count nothing as done, and remove the earlier results once the folder is claimed.
-        durability: What a saved text outlives: a killed `process`, or a cut of the `power`.
     """
 
     def __init__(
@@ -70,9 +65,6 @@ class JsonStore:
     async def open(self, *, scan: bool = True) -> None:
         """Take the lock, learn what the folder was made with, and find out what is done. On failure all is given back.
 
-        Args:
-            scan: False leaves out what is done, which takes 10 µs a text: await `scan` before `claim`.
-
         Raises:
             StoreLockedError: Another job is writing to the folder; the message gives its pid and host.
             StoreError: The folder cannot be used.
@@ -99,10 +91,6 @@ class JsonStore:
 
     async def claim(self, fingerprint: Mapping[str, object], made_with: Mapping[str, object]) -> None:
         """Compare the folder's fingerprint with this run's, or record it in a new folder.
-
-        Args:
-            fingerprint: What changes a vector: JSON values, `"dim"` among them.
-            made_with: Backend, versions, the model's name: recorded, not compared.
 
         Raises:
             StoreMismatchError: Names each key that differs, with both values.
@@ -160,9 +148,6 @@ class JsonStore:
         """Complete the index if anything changed, release the lock and end the thread. Idempotent.
 
         The lock is released whatever happens, also if this call is cancelled: the thread does it by itself.
-
-        Args:
-            complete: False leaves journal and index as they are, for the next run to put in order.
 
         Raises:
             StoreError: The index could not be written; journal and files still hold everything.

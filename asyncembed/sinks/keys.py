@@ -29,13 +29,7 @@ class KnownKeys:
         self._moved: dict[str, str] = {}
 
     def lines(self, others: Sequence[Pair], own: Sequence[Pair], *, is_first_run: bool) -> list[bytes]:
-        """What the journal has to say about keys, behind the lines of the texts themselves.
-
-        Args:
-            others: Pairs of texts that are there already: nothing else says that they have the key.
-            own: Pairs that the text's own line names.
-            is_first_run: Nothing was stored before this run.
-        """
+        """What the journal has to say about keys, behind the lines of the texts themselves."""
         if self._pairs is None:
             if is_first_run and not others:
                 return []

@@ -20,10 +20,6 @@ class RecordFiles:
     Each appears whole or not at all. With `durable`, all are written first, then flushed, then renamed when the block
     ends, and the folder is flushed once: they outlive a power cut from then on, at a fraction of the cost of doing so
     for each alone. A block that ends in an error leaves those of them out that were not yet renamed.
-
-    Args:
-        data_folder: Where they go.
-        durable: Whether they are to outlive a power cut.
     """
 
     def __init__(self, data_folder: str, *, durable: bool) -> None:

@@ -43,12 +43,7 @@ class StoredText:
 
 
 def encode_record(record: EmbeddedText, fingerprint: str | None = None) -> bytes:
-    """The bytes of a record's file. A text of one chunk stores its vector, and where equal its text, once.
-
-    Args:
-        record: The text, embedded.
-        fingerprint: Digest of what its vector was made with (`Header.digest`).
-    """
+    """The bytes of a record's file. A text of one chunk stores its vector, and where equal its text, once."""
     if record.embedding is None:
         raise AssertionError(f"text {record.id} is to be stored without a vector: this is a bug")
     vector = _storable(record.embedding)
@@ -70,11 +65,6 @@ def encode_record(record: EmbeddedText, fingerprint: str | None = None) -> bytes
 
 def decode_record(identity: str, data: bytes, path: str) -> StoredText:
     """The record that a file holds.
-
-    Args:
-        identity: The id that the file's name says.
-        data: The whole file.
-        path: For the message.
 
     Raises:
         CorruptRecordError: The file is torn or empty, its text is not the one its name says, a vector is not finite,

@@ -39,13 +39,7 @@ _LOST = (errno.ENOENT, errno.EIO, errno.EISDIR)  # this one file cannot be read;
 
 
 class FolderWriter:
-    """Writes one folder while it holds its lock: open, claim, commit, close.
-
-    Args:
-        paths: The folder.
-        overwrite: Count nothing as done, and remove the earlier results when there is a new one.
-        durable: A text is saved only when it would outlive a power cut.
-    """
+    """Writes one folder while it holds its lock: open, claim, commit, close."""
 
     def __init__(self, paths: StorePaths, *, overwrite: bool = False, durable: bool = False) -> None:
         self.paths = paths
@@ -69,9 +63,6 @@ class FolderWriter:
 
         With `overwrite`, nothing counts as done; the earlier results are removed when the first text is embedded, so a
         run that comes to nothing destroys nothing.
-
-        Args:
-            scan: False leaves out what is done, which takes 10 µs a text: call `scan` before `claim`.
 
         Raises:
             StoreLockedError: Another job writes to the folder.
@@ -191,9 +182,6 @@ class FolderWriter:
 
     def close(self, complete: bool = True) -> None:
         """Complete the index if anything changed, and release the lock whatever happens. Idempotent.
-
-        Args:
-            complete: False leaves index and journal as they are; so does a commit that failed.
 
         Raises:
             StoreError: The index could not be written; journal and files still hold everything.

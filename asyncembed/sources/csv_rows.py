@@ -23,10 +23,6 @@ _QUOTED = re.compile('"[^"]*"')
 class CsvParser:
     """Reads rows with the csv module in strict mode; a header is read when it is made, the rest as it is iterated.
 
-    Args:
-        lines: The file.
-        how: What the user says of it.
-
     Raises:
         SourceError: The first rows speak for another dialect, the header cannot be read, or names no such column.
     """

@@ -42,11 +42,6 @@ class CsvOptions(NamedTuple):
 def check_dialect(lines: LineReader, beginning: bytes, how: CsvOptions) -> None:
     """Look at the first rows; say, once, what speaks against the way they will be read.
 
-    Args:
-        lines: The file, for its name.
-        beginning: Its first rows; the last may be cut.
-        how: How it will be read.
-
     Raises:
         SourceError: The texts would plainly be wrong: another delimiter, or nothing but numbers.
     """

@@ -41,11 +41,6 @@ class TextFeed:
     A synchronous iterable is pulled in one daemon thread, an asynchronous one in one task. At most `max_items` items
     and about `max_bytes` are pulled ahead, and one item in hand.
 
-    Args:
-        source: The iterable, possibly endless, possibly blocking.
-        max_items: Most items in a batch.
-        max_bytes: Most characters in a batch; a larger item comes alone.
-
     Raises:
         OptionsError: The source cannot be one of texts; or a bound is below 1.
     """

@@ -193,19 +193,6 @@ def read_texts(
 ) -> FileTexts:
     """Open a text file for one pass over its texts.
 
-    Args:
-        source: A path, `-` for standard input (read from its descriptor, past what `sys.stdin` has buffered), or an
-            open binary file, which is left open.
-        input_format: `auto` goes by the extension; standard input and open files are `txt`.
-        column: Name of the CSV column of the texts; implies `header`.
-        header: The first row of a CSV file holds names.
-        delimiter: What stands between the cells of a CSV file: one character, or `tab`. Without it that is a comma,
-            or what Excel's line `sep=` names, and rows that speak for another one are an error or a warning.
-        encoding: What the file is written in, as Python names it; None is UTF-8.
-        escape: What makes the next character of a CSV file, such as a quote, an ordinary one; often a backslash.
-        on_bad_row: `stop` raises at a row that cannot be a text; `skip` gives it as a `Rejected` and goes on.
-        limit: Stop after so many texts.
-
     Raises:
         OptionsError: Options that cannot be, or do not go together.
         SourceError: The file is missing, cannot be opened, is empty, is of another kind or has no such column; or,

@@ -13,12 +13,7 @@ from asyncembed.sources.pull import size_of
 
 
 class Handoff:
-    """Iterated in one thread, filled in another. Items become `Text` or `Rejected` on the way in.
-
-    Args:
-        max_items: Items that may wait.
-        max_chars: Characters that may wait; a larger item waits alone.
-    """
+    """Iterated in one thread, filled in another. Items become `Text` or `Rejected` on the way in."""
 
     def __init__(self, max_items: int = 256, max_chars: int = 1 << 20) -> None:
         self._max_items = max_items

@@ -222,14 +222,7 @@ def _send(parser: Any, data: bytes, events: list[tuple[str, Any]], *, last: bool
 
 
 def _goes_on(parser: Any, text: str, had_ended: bool, *, last: bool) -> bool:
-    """Whether something that is no token yet follows the end, of which the C parser says nothing.
-
-    Args:
-        parser: The parser; used up after the last piece.
-        text: The piece, in which or before which the top level has closed.
-        had_ended: It had closed before.
-        last: Nothing comes after the piece.
-    """
+    """Whether something that is no token yet follows the end, of which the C parser says nothing."""
     rest = text.rstrip(" \t\n\r")
     if rest and (had_ended or rest[-1] not in "]}"):
         return True

@@ -33,11 +33,6 @@ class LineReader:
         bytes_read: Bytes taken from the file so far.
         max_bytes: Largest text, from `MAX_TEXT_BYTES`.
         at_start_of_line: What was read last had a line end.
-
-    Args:
-        file: Gives UTF-8, and shows what comes with `peek`.
-        name: The file's name.
-        encoding: What the file is written in.
     """
 
     def __init__(self, file: BufferedReader, name: str, encoding: str = "UTF-8") -> None:

@@ -27,11 +27,6 @@ class ModelChoice:
 class Recomputation:
     """Computes texts of a folder again, by torch, so that it needs no graph.
 
-    Args:
-        paths: The folder.
-        n_wanted: Texts to compute, taken at random.
-        choice: The model.
-
     Attributes:
         n_texts: Texts computed so far.
     """

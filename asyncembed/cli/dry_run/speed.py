@@ -35,11 +35,7 @@ class Speed(NamedTuple):
 
 
 class Sample:
-    """A fair sample of a stream of chunks: each has the same chance to be in it. The same stream gives the same one.
-
-    Args:
-        size: Most chunks kept.
-    """
+    """A fair sample of a stream of chunks: each has the same chance to be in it. The same stream gives the same one."""
 
     def __init__(self, size: int = SAMPLE_CHUNKS) -> None:
         self.chunks: list[Chunk] = []
@@ -58,12 +54,7 @@ class Sample:
 
 
 class Rehearsal:
-    """Runs chunks in batches as a job would, and forgets the vectors.
-
-    Args:
-        encoder: The model, run in the calling thread.
-        options: `token_limit` and `batch_size` are read.
-    """
+    """Runs chunks in batches as a job would, and forgets the vectors."""
 
     def __init__(self, encoder: Encoder, options: EmbedOptions) -> None:
         self._runner = ModelRunner(encoder)
