@@ -11,12 +11,13 @@ from itertools import count
 from typing import NamedTuple, Protocol
 
 from asyncembed.assembly import Assembler
-from asyncembed.consumer import Consumer, ConsumerStatistics, LimitEstimator, current_limit
+from asyncembed.consumer import Consumer, ConsumerStatistics
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.heap import ChunkHeap, HeapStatistics
 from asyncembed.lane import BULK, ChunkLongText, ChunkTexts, Lane
 from asyncembed.options import EmbedOptions
 from asyncembed.records import Batch, Chunk, lane_of
+from asyncembed.scheduler import LimitEstimator, current_limit
 from asyncembed.threads import WorkerThread
 
 

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from asyncembed.assembly import Assembler
 from asyncembed.chunking import TokenCounter
-from asyncembed.consumer import LimitEstimator
 from asyncembed.embedder.forks import watch
 from asyncembed.encode_settings import options_of
 from asyncembed.encoders import Encoder, FloatMatrix, Instruction, input_of, instruction_of, tell_chunk_size
@@ -25,6 +24,7 @@ from asyncembed.options import DEFAULT_SAVE_PATH, EmbedOptions
 from asyncembed.records import Chunk
 from asyncembed.remembering import LimitKeeper
 from asyncembed.resuming import encoder_for, fingerprint_of, recorded_in
+from asyncembed.scheduler import LimitEstimator
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.writer import FolderWriter
 from asyncembed.sources.handoff import Handoff

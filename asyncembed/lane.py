@@ -17,12 +17,13 @@ import anyio
 from asyncembed.assembly import Assembled, Assembler
 from asyncembed.backing_off import chunk_backing_off
 from asyncembed.chunking import ChunkedText
-from asyncembed.consumer import Consumer, LimitEstimator, current_limit
+from asyncembed.consumer import Consumer
 from asyncembed.encoders.base import FloatMatrix
 from asyncembed.errors import ClosedError
 from asyncembed.heap import ChunkHeap
 from asyncembed.intake import Intake, Submission
 from asyncembed.records import OWNERS_PER_LANE, Chunk, lane_of
+from asyncembed.scheduler import LimitEstimator, current_limit
 from asyncembed.threads import WorkerThread
 
 WINDOW_BATCHES = 32

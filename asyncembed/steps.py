@@ -13,14 +13,14 @@ from asyncembed.admission import life_bytes
 from asyncembed.assembly import Assembled, Assembler
 from asyncembed.backing_off import chunk_backing_off
 from asyncembed.chunking import Chunker
-from asyncembed.consumer import BROKEN_AFTER, LimitEstimator, broken_model, current_limit
 from asyncembed.encoders import Encoder, FailureKind, FloatMatrix, classify
-from asyncembed.errors import CorruptRecordError, KilledBeforeError, ModelError, ModelOutOfMemoryError, OptionsError
+from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError, OptionsError
 from asyncembed.heap import ChunkHeap
 from asyncembed.job import Pending
 from asyncembed.lane import WINDOW_CHUNKS, window_tokens
 from asyncembed.records import Batch, Chunk, FloatVector, Rejected, Text, text_id
 from asyncembed.runner import ModelRunner, Outcome
+from asyncembed.scheduler import LimitEstimator, Scheduler
 from asyncembed.sinks import StoredText
 from asyncembed.sinks.writer import FolderWriter
 from asyncembed.step_intake import StepIntake
@@ -59,16 +59,12 @@ class PipelineSteps:
         self._chunker = chunker
         self._estimator = estimator
         self._assembler = assembler
-        self._max_rows = max_rows
         self._writer = writer
         self._heap = ChunkHeap()
-        self._retries: deque[Batch] = deque()
+        self._scheduler = Scheduler(self._heap, estimator, max_rows=max_rows, is_wanted=self._is_wanted)
         self._in_hand: dict[Chunk, None] = {}
         self._is_small = False
         self._last: tuple[Sequence[Chunk], FloatMatrix, float] = ((), np.empty((0, encoder.dim), np.float32), 0.0)
-        self._second_chance: set[Chunk] = set()
-        self._failed_in_a_row = 0
-        self._passed: Chunk | None = None
         self._intake = StepIntake(max_bytes, self._life_of, self._reject)
         self._leaders: dict[str, Pending] = {}
         self._finished: deque[Pending] = deque()
@@ -104,26 +100,11 @@ class PipelineSteps:
     def next_chunks(self) -> list[Chunk]:
         """The chunks that should run next, together, the same until they are embedded or failed; none if none wait."""
         if not self._in_hand:
-            batch = self._next_batch()
+            batch = self._scheduler.next_batch()
             if batch is None:
                 return []
             self._in_hand, self._is_small = dict.fromkeys(batch.chunks), batch.is_small
         return list(self._in_hand)
-
-    def _next_batch(self) -> Batch | None:
-        limit = current_limit(self._estimator)
-        while self._retries:
-            batch = self._retries.popleft()
-            wanted = [row for row, chunk in enumerate(batch.chunks) if self._is_wanted(chunk)]
-            if not wanted:
-                continue
-            if len(wanted) < len(batch.chunks):
-                batch = batch.part(wanted)
-            while len(batch.chunks) > 1 and batch.padded_tokens > limit:
-                batch, rest = batch.halves()
-                self._retries.appendleft(rest)
-            return batch
-        return self._heap.take(limit, self._max_rows)
 
     def embed(self, chunks: Sequence[Chunk]) -> FloatMatrix:
         """Their vectors, shape `(len(chunks), dim)` float32; they are recorded.
@@ -140,8 +121,7 @@ class PipelineSteps:
             # A small batch is no sample of the speed of the size in use.
             seconds = inf if self._is_small or len(chunks) < len(self._in_hand) else outcome.seconds
             self._last = (batch.chunks, outcome.vectors.copy(), seconds)
-            self._failed_in_a_row, self._passed = 0, batch.chunks[0]
-            self._second_chance.difference_update(batch.chunks)
+            self._scheduler.succeeded(batch)
             self._record(batch.chunks, outcome.vectors)
             return outcome.vectors
         if outcome.error is None:
@@ -189,53 +169,32 @@ class PipelineSteps:
         """
         if not chunks:
             return
-        # 1. Out of memory. 2. The device is dead. 3. Anything else may be one text's fault.
         if error is None or isinstance(error, ModelOutOfMemoryError):
             kind = FailureKind.OUT_OF_MEMORY
         else:
-            kind = classify(error)
-        if isinstance(error, ModelError) and kind is not FailureKind.OUT_OF_MEMORY:
-            raise error
-        if kind is FailureKind.FATAL:
-            raise ModelError(f"the device cannot go on: {error}") from error
-        if kind is FailureKind.OUT_OF_MEMORY:
-            self._estimator.fail(Batch(tuple(chunks)).padded_tokens)
+            kind = FailureKind.FATAL if isinstance(error, ModelError) else classify(error)
         batch = Batch(tuple(chunks[row] for row in self._take_from_hand(chunks)))
-        if len(batch.chunks) > 1:
-            self._retries.extendleft(reversed(batch.halves()))
-        elif batch.chunks:
-            self._fail_alone(batch.chunks[0], error if kind is not FailureKind.OUT_OF_MEMORY else None)
+        if not batch.chunks and kind is FailureKind.OUT_OF_MEMORY:
+            self._estimator.fail(Batch(tuple(chunks)).padded_tokens)
+        if not batch.chunks:
+            return
+        given_up = self._scheduler.failed(batch, kind, error)
+        if given_up is not None:
+            done = self._assembler.fail(given_up.chunk.owner, given_up.reason)
+            if done is not None:
+                self._heap.discard(done.owner)
+                self._finish(done)
+        if self._scheduler.has_probe:
+            self._run_probe()
 
-    def _fail_alone(self, chunk: Chunk, error: BaseException | None) -> None:
-        """A chunk failed alone, of lack of memory if there is no error."""
-        if error is None:
-            if chunk not in self._second_chance:  # memory that a neighbour holds may be free after what waits
-                self._second_chance.add(chunk)
-                self._retries.append(Batch((chunk,)))
-                return
-            self._second_chance.discard(chunk)
-            reason = f"a chunk of {plural(chunk.length, 'token')} does not fit into memory even alone"
-        elif isinstance(error, KilledBeforeError):
-            reason = str(error)
-        else:
-            reason = f"the model failed on it: {type(error).__name__}: {error}"
-        done = self._assembler.fail(chunk.owner, reason)
-        if done is not None:
-            self._heap.discard(done.owner)
-            self._finish(done)
-        if error is not None and not isinstance(error, KilledBeforeError):  # which says nothing about the model
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row >= BROKEN_AFTER:
-                self._probe(error)
-
-    def _probe(self, error: BaseException) -> None:
-        """Bad texts may come in a row. Whether it is the model, a chunk that it took before will tell."""
-        if self._passed is None:
-            raise broken_model(error)
-        self._failed_in_a_row = 0
-        outcome = self._run(Batch((self._passed,)))
-        if outcome.error is not None:
-            raise broken_model(outcome.error)
+    def _run_probe(self) -> None:
+        probe = self._scheduler.next_batch()
+        if probe is None:
+            raise AssertionError("a probe is the next batch: this is a bug")
+        outcome = self._run(probe)
+        if outcome.kind is not None:
+            self._scheduler.failed(probe, outcome.kind, outcome.error)
+        self._scheduler.succeeded(probe)
 
     def _run(self, batch: Batch) -> Outcome:
         outcome = self._runner.advance(batch)

@@ -15,7 +15,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from asyncembed.admission import AdmissionQueue
 from asyncembed.assembly import Assembler
 from asyncembed.chunking import ChunkedText, Chunker
-from asyncembed.consumer import ConsumerStatistics, LimitEstimator
+from asyncembed.consumer import ConsumerStatistics
 from asyncembed.encoders import Encoder, Instruction
 from asyncembed.engine import Engine, EngineHost
 from asyncembed.errors import StoreError
@@ -31,6 +31,7 @@ from asyncembed.memory import MemoryBudget, peak_rss_bytes
 from asyncembed.options import EmbedOptions
 from asyncembed.records import EmbeddedText, Rejected
 from asyncembed.remembering import LimitKeeper
+from asyncembed.scheduler import LimitEstimator
 from asyncembed.sinks import JsonStore
 from asyncembed.sources import TextFeed
 from asyncembed.splitting import TextSplitter
