@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from asyncembed.records import Chunk as Chunk
     from asyncembed.records import EmbeddedChunk as EmbeddedChunk
     from asyncembed.records import EmbeddedText as EmbeddedText
+    from asyncembed.records import Summary as Summary
     from asyncembed.records import Text as Text
     from asyncembed.records import TokenText as TokenText
     from asyncembed.records import text_id as text_id
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from asyncembed.sources import read_texts as read_texts
     from asyncembed.stream import EmbedStream as EmbedStream
     from asyncembed.stream import embed_stream as embed_stream
-    from asyncembed.summary import Summary as Summary
 
 # Public names by their module, imported when first used: `import asyncembed` costs next to nothing.
 _PUBLIC = {
@@ -66,11 +66,10 @@ _PUBLIC = {
     "generator": ("EmbeddingGenerator",),
     "limits": ("TokenLimitEstimator",),
     "options": ("EmbedOptions",),
-    "records": ("Batch", "Chunk", "EmbeddedChunk", "EmbeddedText", "Text", "TokenText", "text_id"),
+    "records": ("Batch", "Chunk", "EmbeddedChunk", "EmbeddedText", "Summary", "Text", "TokenText", "text_id"),
     "sinks": ("StoredEmbeddings", "StoredText", "open_embeddings"),
     "sources": ("read_texts",),
     "stream": ("EmbedStream", "embed_stream"),
-    "summary": ("Summary",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -12,7 +12,7 @@ from typing import Any
 from langchain_core.embeddings import Embeddings
 
 from asyncembed.embedder import AsyncEmbedder, Kind
-from asyncembed.embedder.forks import watch
+from asyncembed.embedder.life import watch
 from asyncembed.embedder.settings import How, HowOptions, check_texts
 from asyncembed.embedder_thread import EmbedderThread
 from asyncembed.errors import AsyncEmbedError, ClosedError, TextTypeError

@@ -26,9 +26,8 @@ from asyncembed.options import (
     REQUEST_OPTIONS,
     EmbedOptions,
 )
-from asyncembed.records import EmbeddedText, FloatVector
+from asyncembed.records import EmbeddedText, FloatVector, Summary
 from asyncembed.sinks.folder import StorePaths
-from asyncembed.summary import Summary
 from asyncembed.wording import plural
 
 if sys.version_info < (3, 11):

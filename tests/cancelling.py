@@ -17,7 +17,7 @@ from asyncembed import AsyncEmbedder, ClosedError, embed_stream, open_embeddings
 from asyncembed.assembly import Assembled, Assembler
 from asyncembed.chunking import Chunker
 from asyncembed.engine import Engine
-from asyncembed.intake import Submission
+from asyncembed.lane import Submission
 from asyncembed.limits import TokenLimitEstimator
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.lock import FolderLock

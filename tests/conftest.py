@@ -73,7 +73,7 @@ MAY_BLOCK = {
     "asyncembed/store_cli/program.py": _EveryFunction(),
     "asyncembed/sinks/folder.py": {"of"},  # the working directory: no disk is asked
     "asyncembed/memory.py": _EveryFunction(),  # files of the kernel, answered from memory
-    "asyncembed/summary.py": _EveryFunction(),  # the same: when the process began, and its peak of memory
+    "asyncembed/records.py": _EveryFunction(),  # the same: when the process began, and its peak of memory
     "asyncembed/sinks/reader.py": _EveryFunction(),  # for synchronous code: a test calls it on a loop
     "asyncembed/generator.py": _EveryFunction(),  # synchronous too, in a notebook above a running loop
     "asyncembed/steps.py": _EveryFunction(),  # the same

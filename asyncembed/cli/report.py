@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from asyncembed.cli.progress import in_words
-from asyncembed.summary import Summary
+from asyncembed.records import Summary
 from asyncembed.wording import plural
 
 MANY_UNKNOWN = 0.05

@@ -13,9 +13,9 @@ from asyncembed.cli.request import Request
 from asyncembed.cli.signals import CTRL_C, Signals, leave
 from asyncembed.errors import ClosedError
 from asyncembed.job import JobParts
+from asyncembed.records import Summary
 from asyncembed.sources import FileTexts
 from asyncembed.stream import EmbedStream
-from asyncembed.summary import Summary
 from asyncembed.wording import plural
 
 ABANDON_S = 1.0

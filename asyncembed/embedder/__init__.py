@@ -2,7 +2,7 @@
 
 from asyncembed.embedder.answers import CountedVectors
 from asyncembed.embedder.embedder import AsyncEmbedder
-from asyncembed.embedder.statistics import EmbedderStatistics
+from asyncembed.embedder.life import EmbedderStatistics
 from asyncembed.encoders import Kind
 
 __all__ = ["AsyncEmbedder", "CountedVectors", "EmbedderStatistics", "Kind"]

@@ -1,21 +1,21 @@
-"""The life of an embedder: loading, running, closing, and what it says of itself."""
+"""The life of an embedder: loading, running, closing, what it says of itself, and its end in a forked process."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from weakref import WeakSet
 
 import anyio
 
 from asyncembed.assembly import Assembler
 from asyncembed.embedder.chunkers import InstructionChunkers, LongTextChunkers
 from asyncembed.embedder.desk import Desk
-from asyncembed.embedder.forks import watch
-from asyncembed.embedder.statistics import EmbedderStatistics, State
 from asyncembed.encoders import Encoder, load_encoder, tell_chunk_size
 from asyncembed.engine import Engine
 from asyncembed.errors import AsyncEmbedError, ClosedError, ModelError
@@ -23,6 +23,76 @@ from asyncembed.lane import Lane
 from asyncembed.options import EmbedOptions
 from asyncembed.remembering import LimitKeeper
 from asyncembed.threads import WorkerThread
+
+State = Literal["new", "loading", "open", "closing", "closed", "broken"]
+
+
+class EmbedderStatistics(NamedTuple):
+    """What an embedder did, and what waits in it.
+
+    Attributes:
+        state: `new`, `loading`, `open`, `closing`, `closed` or `broken`.
+        requests: Calls so far.
+        texts: Texts of these calls that were let in.
+        pending_requests: Calls without an answer.
+        waiting_texts: Texts that wait for room.
+        pending_bytes: What the texts under way have reserved.
+        max_pending_bytes: What they may reserve.
+        cache_bytes: What the cache holds.
+        cache_hits: Texts answered from it.
+        truncations: Texts that were computed without their end, by `long_texts="truncate"`.
+        batches: Batches that ran, those of jobs on the same model included, as in all that follows.
+        ooms: Batches that ran out of memory and were run again in parts.
+        row_tokens: Tokens of all rows, without padding.
+        padded_tokens: Tokens of all batches, with padding.
+        waiting_chunks: Chunks that wait for the model.
+        token_limit: The present limit of a batch in padded tokens.
+        model_seconds: How long batches took, added up.
+    """
+
+    state: State
+    requests: int = 0
+    texts: int = 0
+    pending_requests: int = 0
+    waiting_texts: int = 0
+    pending_bytes: int = 0
+    max_pending_bytes: int = 0
+    cache_bytes: int = 0
+    cache_hits: int = 0
+    truncations: int = 0
+    batches: int = 0
+    ooms: int = 0
+    row_tokens: int = 0
+    padded_tokens: int = 0
+    waiting_chunks: int = 0
+    token_limit: int = 0
+    model_seconds: float = 0.0
+
+
+class Orphan(Protocol):
+    """What lives by threads, which a child process has not."""
+
+    def orphan(self) -> None:
+        """Called in a child: refuse, or begin anew, for none of the parent's threads would ever answer."""
+        ...
+
+
+_living: WeakSet[Orphan] = WeakSet()
+
+
+def watch(living: Orphan) -> None:
+    """Have it told of forks for as long as it exists."""
+    _living.add(living)
+
+
+def _tell() -> None:
+    for living in list(_living):
+        living.orphan()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_tell)
+
 
 logger = logging.getLogger("asyncembed")
 

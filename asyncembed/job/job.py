@@ -1,10 +1,10 @@
-"""One run over one source: wires the stages, and sees that all is saved, closed and given back at the end."""
+"""One run over one source: reads it, wires the stages, and sees that all is saved, closed and given back at the end."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,31 +12,113 @@ from typing import Any
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from asyncembed.admission import AdmissionQueue
+from asyncembed.admission import AdmissionQueue, life_bytes
 from asyncembed.assembly import Assembler
 from asyncembed.chunking import ChunkedText, Chunker
 from asyncembed.consumer import ConsumerStatistics
 from asyncembed.encoders import Encoder, Instruction
 from asyncembed.engine import Engine, EngineHost
 from asyncembed.errors import StoreError
-from asyncembed.intake import Submission
-from asyncembed.job.agreement import LOOKED_AT, RUN_BY_US, check_folder
 from asyncembed.job.delivery import Delivery
-from asyncembed.job.intake import Intake
 from asyncembed.job.loading import load_all
-from asyncembed.job.lookup import Lookup
-from asyncembed.job.pending import Pending
-from asyncembed.lane import BULK, Lane
+from asyncembed.job.lookup import LOOKED_AT, RUN_BY_US, Lookup, Pending, check_folder
+from asyncembed.lane import BULK, Lane, Submission
 from asyncembed.memory import MemoryBudget, peak_rss_bytes
 from asyncembed.options import EmbedOptions
-from asyncembed.records import EmbeddedText, Rejected
+from asyncembed.records import EmbeddedText, Rejected, SourceItem, Summary, Text, process_seconds
 from asyncembed.remembering import LimitKeeper
 from asyncembed.scheduler import LimitEstimator
 from asyncembed.sinks import JsonStore
 from asyncembed.sources import TextFeed
 from asyncembed.splitting import TextSplitter
-from asyncembed.summary import Summary, process_seconds
 from asyncembed.threads import WorkerThread
+from asyncembed.wording import plural
+
+
+class Intake:
+    """Reads a source into groups of admitted texts."""
+
+    def __init__(
+        self,
+        source: Any,
+        feed: TextFeed,
+        admission: AdmissionQueue,
+        summary: Summary,
+        *,
+        on_skipped: Callable[[list[tuple[str | None, Rejected]]], Awaitable[None]],
+        on_waiting: Callable[[], None],
+    ) -> None:
+        self.error: BaseException | None = None
+        self.in_flight: dict[int, Pending] = {}
+        self._source = source
+        self._name: str | None = getattr(source, "name", None) if hasattr(source, "n_blank") else None
+        self._feed = feed
+        self._admission = admission
+        self._summary = summary
+        self._on_skipped = on_skipped
+        self._on_waiting = on_waiting
+        self._n_texts = 0
+        self.reached_end = False
+
+    def release(self, pending: Pending) -> None:
+        """The text's life is over: give its reservation back. Idempotent."""
+        if self.in_flight.pop(pending.index, None) is not None:
+            self._admission.release(pending.reserved)
+
+    def release_all(self) -> None:
+        """Give back what is still reserved, at the end of a run."""
+        for pending in list(self.in_flight.values()):
+            self.release(pending)
+
+    async def run(
+        self, admitted: MemoryObjectSendStream[list[Pending]], dim: int, chunk_size: int, chunk_overlap: int
+    ) -> None:
+        """Read to the end of the source. What the source raises is kept in `error` and ends the reading."""
+        while (items := await self._next_items()) is not None:
+            skipped: list[tuple[str | None, Rejected]] = []
+            group: list[Pending] = []
+            for item in items:
+                if isinstance(item, Rejected) and item.skipped:
+                    skipped.append((self._place(item), item))
+                    continue
+                reserved = life_bytes(item.text if isinstance(item, Text) else "", dim, chunk_size, chunk_overlap)
+                if not self._admission.reserve_nowait(reserved):
+                    if group:  # those before it must go on, or the room would never come
+                        await admitted.send(group)
+                        group = []
+                    self._on_waiting()
+                    await self._admission.reserve(reserved)
+                pending = Pending(item, self._n_texts, reserved, self._place(item))
+                self._n_texts += 1
+                self.in_flight[pending.index] = pending
+                group.append(pending)
+            if skipped:
+                self._summary.skipped += len(skipped)
+                await self._on_skipped(skipped)
+            if group:
+                await admitted.send(group)
+
+    async def _next_items(self) -> Sequence[SourceItem] | None:
+        try:
+            return await self._feed.__anext__()
+        except StopAsyncIteration:
+            self.reached_end = True
+            return None
+        except Exception as error:
+            self.error = error
+            if self.in_flight:
+                logger.warning(
+                    "the input cannot be read further; finishing %s before", plural(len(self.in_flight), "text")
+                )
+            return None
+        finally:
+            blank = int(getattr(self._source, "n_blank", 0))
+            self._summary.skipped += blank - self._summary.blank
+            self._summary.blank = blank
+
+    def _place(self, item: SourceItem) -> str | None:
+        return f"{self._name}:{item.line}" if self._name is not None and item.line is not None else None
+
 
 logger = logging.getLogger("asyncembed")
 

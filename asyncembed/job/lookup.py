@@ -1,21 +1,170 @@
-"""The second stage: which texts are new, which an earlier run has saved, which repeat one of this run."""
+"""The second stage: which texts are new, which an earlier run has saved, which repeat one of this run.
+
+What is under way is a `Pending` each; texts saved before are compared with what the model makes of them now.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
+from typing import Any
 
+import numpy as np
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from asyncembed.assembly import Assembled
-from asyncembed.errors import ClosedError, CorruptRecordError
-from asyncembed.intake import Submission
-from asyncembed.job.pending import Pending
-from asyncembed.lane import Lane
-from asyncembed.records import Rejected, text_id
-from asyncembed.sinks import DigestSet, JsonStore
+from asyncembed.encoders import Encoder, Instruction, Tokenizer, input_of
+from asyncembed.errors import ClosedError, CorruptRecordError, StoreMismatchError
+from asyncembed.lane import Lane, Submission
+from asyncembed.records import (
+    Batch,
+    Chunk,
+    EmbeddedChunk,
+    EmbeddedText,
+    FloatVector,
+    Rejected,
+    SourceItem,
+    Text,
+    text_id,
+)
+from asyncembed.sinks import DigestSet, JsonStore, StoredText
 from asyncembed.threads import WorkerThread
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A text from its reservation to its delivery.
+
+    Attributes:
+        item: What the source gave.
+        index: Position in the input.
+        reserved: Bytes reserved for its life.
+        place: Where it stood in the input, for messages.
+        id: `text_id`, once looked up; empty for an item that is no text.
+        owner: Its number within the engine, if it went there.
+        followers: Repeats of the same text that wait for its result.
+        is_duplicate: It repeats a text that this run has computed or is computing.
+        result: What became of it.
+        cached: An earlier run had saved it.
+    """
+
+    item: SourceItem
+    index: int
+    reserved: int
+    place: str | None = None
+    id: str = ""
+    owner: int | None = None
+    followers: list[Pending] = field(default_factory=list)
+    is_duplicate: bool = False
+    result: Assembled | StoredText | None = None
+    cached: bool = False
+
+    @property
+    def text(self) -> str:
+        """The text; empty for an item that is none."""
+        return self.item.text if isinstance(self.item, Text) else ""
+
+    def record(self) -> EmbeddedText:
+        """The record that is delivered and saved."""
+        result = self.result
+        known: dict[str, Any] = {"index": self.index, "key": self.item.key, "text": self.text}
+        # 1. no text at all   2. saved already, and its vector was not asked for   3. read back, or computed
+        if isinstance(self.item, Rejected):
+            return EmbeddedText(id="", **known, embedding=None, error=self.item.reason, place=self.place)
+        if result is None:
+            return EmbeddedText(id=self.id, **known, embedding=None, cached=self.cached)
+        error = result.error if isinstance(result, Assembled) else None
+        return EmbeddedText(
+            id=self.id,
+            **known,
+            embedding=result.embedding,
+            chunks=result.chunks,
+            n_tokens=result.n_tokens,
+            error=error,
+            cached=self.cached,
+            place=self.place if error is not None else None,
+        )
+
+
+MIN_COSINE = 0.9999
+"""What a vector and the same computed again must agree by in float32."""
+
+MIN_COSINE_ROUGH = 0.99
+"""The same in a lower precision, and for a job that looks at a few texts before it goes on with a folder."""
+
+LOOKED_AT = 3
+"""Stored texts that are computed again before a job goes on with their folder."""
+
+LARGEST_LOOKED_AT = 256
+"""Tokens of the largest chunk that is computed again so: it runs alone, outside the limits of a job's batches."""
+
+RUN_BY_US = ("torch", "openvino")
+"""Backends whose vectors must agree; what an encoder of the user's own promises, we do not know."""
+
+
+def disagreements(
+    encoder: Encoder, instruction: Instruction, texts: Iterable[StoredText], least: float
+) -> Iterator[tuple[StoredText, float]]:
+    """The texts of which a chunk has another vector than the model gives, each with its lowest cosine.
+
+    One chunk is computed at a time, in the thread that calls. Chunks that the model no longer takes are passed over.
+    """
+    tokenizer, max_tokens = input_of(encoder, instruction.task)
+    probe, bare = tokenizer.tokenize([instruction.prompt + "a", "a"])
+    n_prompt = probe.n_content - bare.n_content  # as the chunker counts them
+    for stored in texts:
+        lowest = 1.0
+        for chunk in stored.chunks:
+            row = _row_of(tokenizer, instruction, n_prompt, chunk)
+            if row is not None and row.length <= max_tokens:
+                lowest = min(lowest, _cosine(encoder.finish(encoder.start(Batch((row,))))[0], chunk.embedding))
+        if not lowest >= least:
+            yield stored, lowest
+
+
+def _row_of(tokenizer: Tokenizer, instruction: Instruction, n_prompt: int, chunk: EmbeddedChunk) -> Chunk | None:
+    """What was computed of a stored chunk: the first `n_tokens` tokens of its text, as it may have been truncated.
+
+    None if its text has fewer: it was tokenised otherwise.
+    """
+    found = tokenizer.tokenize([instruction.prompt + chunk.text])[0]
+    n_dropped = found.n_content - n_prompt - chunk.n_tokens
+    if n_dropped < 0:
+        return None
+    end = len(found.ids) - found.n_suffix
+    ids = np.concatenate((found.ids[: end - n_dropped], found.ids[end:]))
+    how = (instruction.prompt, instruction.task, n_dropped > 0)
+    return Chunk(0, 0, chunk.text, 0, ids, chunk.n_tokens, 0, *how)
+
+
+def check_folder(folder: str, encoder: Encoder, instruction: Instruction, texts: Iterable[StoredText]) -> None:
+    """Refuse to go on with a folder whose vectors are not the model's, judging by the first chunk of a few texts.
+
+    Raises:
+        StoreMismatchError: One of them is another.
+    """
+    heads = (replace(stored, chunks=stored.chunks[:1]) for stored in texts)
+    small = (stored for stored in heads if all(chunk.n_tokens <= LARGEST_LOOKED_AT for chunk in stored.chunks))
+    try:
+        wrong = next(disagreements(encoder, instruction, small, MIN_COSINE_ROUGH), None)
+    except Exception:  # the job will meet that as well, and knows what to do
+        return
+    if wrong is not None:
+        stored, cosine = wrong
+        raise StoreMismatchError(
+            f"{folder}: the vector it holds of {stored.text[:40]!r} is not what the model gives (cosine "
+            f"{cosine:.4f}); asyncembed-store verify --recompute N --remove-damaged looks at N of its texts and "
+            "removes such files; or choose another save path, or overwrite"
+        )
+
+
+def _cosine(computed: FloatVector, stored: FloatVector) -> float:
+    a, b = computed[: len(stored)].astype(np.float64), stored.astype(np.float64)
+    scale = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / scale if scale else 0.0
+
 
 MOST_COUNTED = 1_000_000
 """In a larger folder it is not counted how many of its texts are none of the input: that takes 16 bytes for each."""

@@ -49,8 +49,8 @@ class Recomputation:
             ModelError: It cannot be loaded.
         """
         from asyncembed.encoders import Instruction, load_encoder
-        from asyncembed.job.agreement import MIN_COSINE, MIN_COSINE_ROUGH, disagreements
         from asyncembed.job.loading import load_chunker, run_fingerprint
+        from asyncembed.job.lookup import MIN_COSINE, MIN_COSINE_ROUGH, disagreements
         from asyncembed.options import EmbedOptions
 
         stored = open_embeddings(self._paths.root)

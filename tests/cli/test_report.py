@@ -19,7 +19,7 @@ from asyncembed.errors import (
     StoreLockedError,
     StoreMismatchError,
 )
-from asyncembed.summary import Summary
+from asyncembed.records import Summary
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncembed import embed_stream
-from asyncembed.backing_off import chunk_backing_off
-from asyncembed.chunking import ChunkedText, Chunker
+from asyncembed.chunking import ChunkedText, Chunker, chunk_backing_off
 from asyncembed.encoders import Tokenized
 from tests.fakes import FakeEncoder, WordTokenizer
 

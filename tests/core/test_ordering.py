@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncembed.ordering import OrderBuffer
+from asyncembed.job.delivery import OrderBuffer
 
 
 @given(order=st.integers(0, 40).flatmap(lambda n: st.permutations(range(n))), data=st.data())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from asyncembed import TokenText
 from asyncembed.chunking import Chunker
-from asyncembed.embedder.given_ids import IdChunker
+from asyncembed.embedder.chunkers import IdChunker
 from asyncembed.options import LongTexts
 from tests.core.minilm import fast_tokenizer
 

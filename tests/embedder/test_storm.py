@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncembed import AsyncEmbedder, AsyncEmbedError, embed_stream
-from asyncembed.embedder.cache import ENTRY_OVERHEAD, Answer, AnswerCache
+from asyncembed.embedder.desk import ENTRY_OVERHEAD, Answer, AnswerCache
 from asyncembed.encoders import Instruction
 from asyncembed.records import Batch
 from tests.fakes import FakeEncoder
