@@ -2,7 +2,7 @@
 
 AsyncEmbedError
 ├── OptionsError (ValueError)     an option that cannot be, with what would be
-│   └── TextTypeError (TypeError) something else where a text or a list of texts belongs
+├── TextTypeError (TypeError)     something else where a text or a list of texts belongs
 ├── SourceError                   the input cannot be read further; says file and line
 ├── ModelError                    the model or its device cannot go on
 │   └── ModelOutOfMemoryError     one chunk alone does not fit into memory
@@ -29,7 +29,7 @@ class OptionsError(AsyncEmbedError, ValueError):
     """An option has a value that cannot be used."""
 
 
-class TextTypeError(OptionsError, TypeError):
+class TextTypeError(AsyncEmbedError, TypeError):
     """There is something else where a text or a list of texts belongs."""
 
 

@@ -17,7 +17,10 @@ T = TypeVar("T")
 class _Executor(ThreadPoolExecutor):
     """An executor whose calls fail with errors that a future of the event loop can hold."""
 
+    was_used = False
+
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        self.was_used = True
         return super().submit(partial(_call, fn), *args, **kwargs)
 
 
@@ -69,6 +72,9 @@ class WorkerThread:
         if self._closed:
             return
         self._closed = True
+        if last is None and not self._executor.was_used:  # no thread was started, and none is only to be stopped
+            self._executor.shutdown(wait=False)
+            return
         for future in list(self._pending):
             future.cancel()
         ended = self._executor.submit(last or _nothing)

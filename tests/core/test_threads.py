@@ -165,3 +165,12 @@ async def test_run_call_raises_what_a_future_cannot_hold_ends_the_wait(error: ty
         with pytest.raises(RuntimeError, match=error.__name__):
             await worker.aclose(call)
     assert threads_named("core-strange") == []
+
+
+async def test_aclose_worker_that_was_never_used_starts_no_thread() -> None:
+    worker = WorkerThread("never-used")
+    before = threading.active_count()
+    await worker.aclose()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError):
+        worker.submit(int)
