@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from asyncembed.errors import StoreLockedError as StoreLockedError
     from asyncembed.errors import StoreMismatchError as StoreMismatchError
     from asyncembed.errors import TextError as TextError
+    from asyncembed.errors import TextsFailedError as TextsFailedError
     from asyncembed.errors import TextTypeError as TextTypeError
     from asyncembed.generator import EmbeddingGenerator as EmbeddingGenerator
     from asyncembed.limits import TokenLimitEstimator as TokenLimitEstimator
@@ -62,6 +63,7 @@ _PUBLIC = {
         "StoreMismatchError",
         "TextError",
         "TextTypeError",
+        "TextsFailedError",
     ),
     "generator": ("EmbeddingGenerator",),
     "limits": ("TokenLimitEstimator",),

@@ -11,6 +11,7 @@ AsyncEmbedError
 │   ├── StoreLockedError          another job is writing to it
 │   └── CorruptRecordError        one of its files cannot be read back
 ├── TextError                     a text of an app's request cannot be embedded
+├── TextsFailedError              texts failed, where that is an error and no result
 ├── OverloadedError               no room for a request that would not wait
 ├── DeadlineError (TimeoutError)  a request took longer than it was given
 └── ClosedError                   used again after it ended
@@ -87,6 +88,10 @@ class TextError(AsyncEmbedError):
     def __reduce__(self) -> tuple[type[TextError], tuple[int, str, str]]:
         """It reaches another process as it is: an executor whose task raised it would break otherwise."""
         return type(self), self._made_of
+
+
+class TextsFailedError(AsyncEmbedError):
+    """Texts of a job could not be embedded: one with `on_error="raise"`, or all of what was awaited."""
 
 
 class KilledBeforeError(AsyncEmbedError):

@@ -27,7 +27,7 @@ from asyncembed.remembering import LimitKeeper
 from asyncembed.scheduler import LimitEstimator
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.writer import FolderWriter
-from asyncembed.sources.handoff import Handoff
+from asyncembed.sources.feed import Handoff
 from asyncembed.splitting import TextSplitter, default_splitter
 from asyncembed.steps import PipelineSteps
 from asyncembed.stream import EmbedStream

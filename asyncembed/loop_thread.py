@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from asyncembed.errors import ClosedError
-from asyncembed.sources.handoff import Handoff
+from asyncembed.sources.feed import Handoff
 from asyncembed.stream import EmbedStream
 
 

@@ -12,13 +12,13 @@ import numpy as np
 from asyncembed.admission import AdmissionQueue, life_bytes
 from asyncembed.assembly import Assembled, Assembler
 from asyncembed.chunking import Chunker, chunk_backing_off
+from asyncembed.consumer import ModelRunner, Outcome
 from asyncembed.encoders import Encoder, FailureKind, FloatMatrix, classify
 from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError, OptionsError
 from asyncembed.heap import ChunkHeap
 from asyncembed.job import Pending
 from asyncembed.lane import WINDOW_CHUNKS, window_tokens
 from asyncembed.records import Batch, Chunk, FloatVector, Rejected, SourceItem, Text, text_id
-from asyncembed.runner import ModelRunner, Outcome
 from asyncembed.scheduler import LimitEstimator, Scheduler
 from asyncembed.sinks import StoredText
 from asyncembed.sinks.writer import FolderWriter

@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 
 from asyncembed.engine import EngineHost
-from asyncembed.errors import AsyncEmbedError, ClosedError, OptionsError
+from asyncembed.errors import ClosedError, OptionsError, TextsFailedError
 from asyncembed.iterables import check_source
 from asyncembed.job import Job, JobParts, Pending
 from asyncembed.options import (
@@ -236,8 +236,8 @@ class EmbedStream:
             reason = f"the first because {failures[0].error}"
             if summary.failed == summary.texts:
                 if summary.texts == 1:
-                    raise AsyncEmbedError(f"the text could not be embedded: {failures[0].error}")
-                raise AsyncEmbedError(f"none of the {summary.texts} texts could be embedded, {reason}")
+                    raise TextsFailedError(f"the text could not be embedded: {failures[0].error}")
+                raise TextsFailedError(f"none of the {summary.texts} texts could be embedded, {reason}")
             logger.warning("%d of %s could not be embedded, %s", summary.failed, plural(summary.texts, "text"), reason)
         return dict(vectors[index] for index in sorted(vectors))
 

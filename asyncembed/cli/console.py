@@ -25,7 +25,8 @@ class Console:
         display: The progress shown on standard error.
     """
 
-    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(self, *, program: str = "asyncembed", quiet: bool = False, verbose: bool = False) -> None:
+        self.program = program
         self.quiet = quiet
         self.verbose = verbose
         self.display: Display = Silent() if quiet else make_display(sys.stderr)
@@ -47,7 +48,7 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line on standard error, also when quiet: an answer to what the user just did."""
-        self.display.write(f"asyncembed: {line}")
+        self.display.write(f"{self.program}: {line}")
 
     def tell(self, line: str) -> None:
         """A line on standard error if verbose."""
@@ -56,14 +57,14 @@ class Console:
 
     def warn(self, line: str) -> None:
         """A line on standard error, always."""
-        self.display.write(f"asyncembed: warning: {line}")
+        self.display.write(f"{self.program}: warning: {line}")
 
     def explain(self, error: BaseException) -> Exit:
         """One line on standard error that says what went wrong, and the exit code for it."""
         self.display.close()
         if self.verbose:
             self.display.write("".join(traceback.format_exception(error)).rstrip())
-        self.display.write(f"asyncembed: error: {describe(error, self.verbose)}")
+        self.display.write(f"{self.program}: error: {describe(error, self.verbose)}")
         return exit_code_of(error)
 
     def results(self, lines: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 import click
 
-from asyncembed.errors import AsyncEmbedError, OptionsError, SourceError
+from asyncembed.errors import AsyncEmbedError, OptionsError, SourceError, TextsFailedError, TextTypeError
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -47,8 +47,8 @@ def exit_code_of(error: BaseException) -> Exit:
     known = known_error(error)
     # 1. A mistake in usage or input. 2. One text failed, and `--on-error raise` ends the run with it.
     # 3. Folder, model or device; or a bug.
-    if isinstance(known, (OptionsError, SourceError, click.ClickException)):
+    if isinstance(known, (OptionsError, TextTypeError, SourceError, click.ClickException)):
         return Exit.USAGE
-    if type(known) is AsyncEmbedError:
+    if isinstance(known, TextsFailedError):
         return Exit.INCOMPLETE
     return Exit.CANNOT

@@ -7,9 +7,9 @@ import os
 
 from asyncembed.cli.console import Console
 from asyncembed.cli.exits import Exit
+from asyncembed.cli.options import Request
 from asyncembed.cli.progress import Ticker
 from asyncembed.cli.report import advice, is_complete, summary_lines
-from asyncembed.cli.request import Request
 from asyncembed.cli.signals import CTRL_C, Signals, leave
 from asyncembed.errors import ClosedError
 from asyncembed.job import JobParts

@@ -1,4 +1,4 @@
-"""Find the model a user means and load it. Importing this module imports no backend."""
+"""Finds the model a user means, checks that it may be loaded, and loads it; importing this imports no backend."""
 
 from __future__ import annotations
 
@@ -11,16 +11,109 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from asyncembed.encoders.base import Encoder, default_chunk_size
-from asyncembed.encoders.hub import downloaded, offline_copy
-from asyncembed.encoders.kinds import check_kind, check_live
+from asyncembed.encoders.prompts import check_kind, check_live
 from asyncembed.encoders.quiet import quiet_loading
-from asyncembed.encoders.safety import check_weights, loading_error
 from asyncembed.errors import ModelError, OptionsError
 from asyncembed.options import DEFAULT_MODEL, EmbedOptions
 from asyncembed.wording import first_line
 
 if TYPE_CHECKING:
     from asyncembed.encoders.torch_encoder import TorchEncoder
+
+
+def downloaded(name: str) -> Path | None:
+    """The folder that a model was downloaded to; None if it was not, or is kept elsewhere."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    cache = os.environ.get("SENTENCE_TRANSFORMERS_HOME")  # as sentence-transformers itself looks for it
+    for full_name in _full_names(name):
+        try:
+            return Path(snapshot_download(full_name, local_files_only=True, cache_dir=cache))
+        except (LocalEntryNotFoundError, HFValidationError):
+            continue
+    return None
+
+
+def offline_copy(name: str) -> Path | None:
+    """Where a model was downloaded to, if the hub cannot be asked now; None if it can.
+
+    It is asked once: sentence-transformers would ask it again and again for each of some twenty files, for more than a
+    minute.
+
+    Raises:
+        ModelError: The hub cannot be asked, and the model was not downloaded.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of whatever library carries the question
+        if (folder := downloaded(name)) is not None:
+            return folder
+        raise ModelError(
+            f"there is no folder {name!r}, no model of that name was downloaded before, and the hub cannot be asked "
+            f"for one ({first_line(error).rstrip('.')}). Give the path of a model's folder, or check the name and the "
+            "network"
+        ) from error
+    return None  # whatever it answered: what it has against the model is told when that is loaded
+
+
+def _full_names(name: str) -> tuple[str, ...]:
+    """A name without a maker is one of sentence-transformers' own models; a few, as bert-base-uncased, have none."""
+    return (name,) if "/" in name else (f"sentence-transformers/{name}", name)
+
+
+_PICKLED = {
+    "pytorch_model*.bin": ("model.safetensors", "model.safetensors.index.json"),
+    "adapter_model*.bin": ("adapter_model.safetensors",),
+}
+"""Weights that torch pickles, and what is loaded in their place where it lies beside them."""
+
+
+def check_weights(folder: Path, *, allow_pickle: bool) -> None:
+    """Refuse a model whose weights, or those of one of its modules, are only there as a pickle.
+
+    Raises:
+        ModelError: Names the file and what to do.
+    """
+    if allow_pickle:
+        return
+    for pattern, instead in _PICKLED.items():
+        for path in sorted(folder.rglob(pattern)):
+            if not any((path.parent / name).exists() for name in instead):
+                raise ModelError(
+                    f"{path} is a pickle, and there is no {instead[0]} beside it; a pickle may hold more than weights. "
+                    "Save the model anew as safetensors, or let such files be read, if you trust their maker, with "
+                    "allow_pickle=True (--allow-pickle)"
+                )
+
+
+def loading_error(model: str | os.PathLike[str], error: Exception) -> ModelError:
+    """Why a model could not be loaded, with what to do about it."""
+    said = str(error)
+    name = os.fspath(model)
+    # 1. code in its folder   2. no safetensors on the hub   3. a pickle that is more than weights   4. anything else
+    if "trust_remote_code" in said:
+        return ModelError(
+            f"the model {name!r} brings code of its own along, which is not run unless you say so; read it, and if you "
+            "trust it, pass trust_remote_code=True (--trust-remote-code)"
+        )
+    if "use_safetensors=True" in said:
+        return ModelError(
+            f"the model {name!r} has no weights as safetensors, only as a pickle; if you trust its maker, pass "
+            "allow_pickle=True (--allow-pickle)"
+        )
+    if "weights_only" in said:
+        return ModelError(
+            f"the model {name!r} cannot be loaded: its pickle holds more than weights, and none of it was run. "
+            "Do not use it unless you know why"
+        )
+    return ModelError(
+        f"the model {name!r} cannot be loaded: {first_line(error).rstrip('.')}. "
+        "Give the path of a model's folder, or the name of one that can be downloaded"
+    )
+
 
 logger = logging.getLogger("asyncembed")
 

@@ -15,8 +15,15 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
 from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, FloatMatrix, Tokenizer
-from asyncembed.encoders.prompts import without_tasks
-from asyncembed.encoders.tasks import first_task, resolve_task, route_of, router_of, takes_tasks, task_limit
+from asyncembed.encoders.prompts import (
+    first_task,
+    resolve_task,
+    route_of,
+    router_of,
+    takes_tasks,
+    task_limit,
+    without_tasks,
+)
 from asyncembed.encoders.tokenizers import FastTokenizer, SlowTokenizer, WordTokenizer, cuts_left, unknown_of
 from asyncembed.encoders.weights import hash_tensors
 from asyncembed.errors import ModelError, OptionsError

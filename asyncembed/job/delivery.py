@@ -9,7 +9,7 @@ import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from asyncembed.assembly import Assembled
-from asyncembed.errors import AsyncEmbedError
+from asyncembed.errors import TextsFailedError
 from asyncembed.job.lookup import Pending
 from asyncembed.options import OnError
 from asyncembed.records import EmbeddedText, Summary
@@ -167,7 +167,7 @@ class Delivery:
                 self.failures.append(record)
             if self._on_error == "raise":
                 where = record.place or f"text {record.index}"
-                raise AsyncEmbedError(f"{where} cannot be embedded: {record.error}")
+                raise TextsFailedError(f"{where} cannot be embedded: {record.error}")
         elif pending.cached:
             summary.cached += 1
         elif pending.is_duplicate:

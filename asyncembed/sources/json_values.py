@@ -14,8 +14,7 @@ import ijson
 
 from asyncembed.errors import SourceError
 from asyncembed.records import Rejected, SourceItem, Text
-from asyncembed.sources.foreign import JSON_LINES
-from asyncembed.sources.lines import BOM, LineReader, excerpt, find_bad_byte
+from asyncembed.sources.lines import BOM, JSON_LINES, LineReader, excerpt, find_bad_byte
 
 MAX_DEPTH = 100
 """Nesting beyond this is refused; texts stand at depth 1, what is deeper is skipped over as one bad row."""

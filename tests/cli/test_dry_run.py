@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asyncembed.cli.dry_run.plan import Plan, in_bytes
-from asyncembed.cli.dry_run.room import Room, file_bytes, saved_in, vector_bytes
-from asyncembed.cli.dry_run.speed import Sample, Speed
+from asyncembed.cli.dry_run import Plan, Room, Sample, Speed, file_bytes, in_bytes, saved_in, vector_bytes
 from asyncembed.errors import StoreError
 from asyncembed.records import Chunk, EmbeddedChunk, EmbeddedText, text_id
 from asyncembed.sinks.record_file import encode_record

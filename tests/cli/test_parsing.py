@@ -10,9 +10,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from asyncembed.cli.options import ENTRIES, PROGRAMMATIC
-from asyncembed.cli.parsing import command, parse
-from asyncembed.cli.request import Request
+from asyncembed.cli.options import ENTRIES, PROGRAMMATIC, Request
+from asyncembed.cli.program import command, parse
 from asyncembed.errors import OptionsError
 from asyncembed.options import EmbedOptions, InputFormat, LongTexts
 

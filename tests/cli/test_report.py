@@ -11,13 +11,13 @@ from asyncembed.cli.console import describe
 from asyncembed.cli.exits import Exit, exit_code_of
 from asyncembed.cli.report import advice, is_complete, summary_lines
 from asyncembed.errors import (
-    AsyncEmbedError,
     ClosedError,
     ModelError,
     OptionsError,
     SourceError,
     StoreLockedError,
     StoreMismatchError,
+    TextsFailedError,
 )
 from asyncembed.records import Summary
 
@@ -98,7 +98,7 @@ def test_advice_warns_of_what_was_cut_off_and_of_many_unknown_tokens() -> None:
         (click.UsageError("what?"), Exit.USAGE),
         (OptionsError("chunk_size"), Exit.USAGE),
         (SourceError("a.csv:3"), Exit.USAGE),
-        (AsyncEmbedError("a text, with on_error=raise"), Exit.INCOMPLETE),
+        (TextsFailedError("a text, with on_error=raise"), Exit.INCOMPLETE),
         (StoreLockedError("locked"), Exit.CANNOT),
         (StoreMismatchError("other model"), Exit.CANNOT),
         (ModelError("device dead"), Exit.CANNOT),

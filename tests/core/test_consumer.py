@@ -14,14 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncembed.consumer import Consumer
+from asyncembed.consumer import Consumer, ModelRunner
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.encoders.failures import FailureKind
 from asyncembed.errors import ModelError
 from asyncembed.heap import ChunkHeap
 from asyncembed.limits import TokenLimitEstimator
 from asyncembed.records import Batch, Chunk
-from asyncembed.runner import ModelRunner
 from asyncembed.scheduler import BROKEN_AFTER, LimitEstimator
 from asyncembed.threads import WorkerThread
 

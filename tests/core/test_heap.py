@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from asyncembed.heap import BESIDE, FORCED_EVERY, ChunkHeap
+from asyncembed.heap import BATCH_OVERHEAD, BESIDE, FORCED_EVERY, ChunkHeap, best_run, last_run, shared_run
 from asyncembed.lane import WINDOW_BATCHES, WINDOW_CHUNKS
 from asyncembed.records import OWNERS_PER_LANE, Batch, Chunk, lane_of
-from asyncembed.windows import BATCH_OVERHEAD, best_run, last_run, shared_run
 
 from .fakes import chunk, chunks
 

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncembed.limits import TokenLimitEstimator
-from asyncembed.tuning import SpeedTuner
+from asyncembed.limits import SpeedTuner, TokenLimitEstimator
 
 
 def rate(size: int, best: int, slope: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from asyncembed import AsyncEmbedder, OptionsError, OverloadedError, TextError, TokenText
+from asyncembed import AsyncEmbedder, OverloadedError, TextError, TextTypeError, TokenText
 from tests.core.minilm import fast_tokenizer
 from tests.fakes import FakeEncoder
 
@@ -66,7 +66,7 @@ async def test_ids_where_the_tokenizer_does_not_know_them_are_refused() -> None:
 
 async def test_item_that_is_neither_text_nor_ids_is_refused() -> None:
     async with AsyncEmbedder(FakeEncoder()) as embedder:
-        with pytest.raises(OptionsError, match="item 1 is an int, not a str or TokenText"):
+        with pytest.raises(TextTypeError, match="item 1 is an int, not a str or TokenText"):
             embedder.embed_counted_nowait(["a", 3])  # type: ignore[list-item]  # the mistake in question
 
 

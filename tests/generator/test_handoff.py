@@ -8,7 +8,7 @@ import pytest
 
 from asyncembed import Text
 from asyncembed.records import Rejected
-from asyncembed.sources.handoff import Handoff
+from asyncembed.sources.feed import Handoff
 
 
 def test_room_is_bounded_in_characters() -> None:

@@ -15,8 +15,7 @@ from hypothesis.extra import numpy as arrays
 
 from asyncembed.embedder import CountedVectors, EmbedderStatistics
 from asyncembed.records import TokenText
-from asyncembed.server.faults import ApiError
-from asyncembed.server.payload import EmbeddingsRequest, encode_answer, parse_request
+from asyncembed.server.schema import ApiError, EmbeddingsRequest, encode_answer, parse_request
 from asyncembed.server.service import retry_after_s
 from asyncembed.server.settings import ServerSettings
 

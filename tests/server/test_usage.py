@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncembed.server.parsing import parse
+from asyncembed.server.program import parse
 from asyncembed.server.settings import ServerSettings
 from tests.cli.running import ENVIRONMENT
 

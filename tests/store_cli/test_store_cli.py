@@ -334,3 +334,8 @@ async def test_program_imports_nothing_that_knows_a_model(tmp_path: Path) -> Non
     )
     assert all(command in helped.stdout for command in ("verify", "failures", "rebuild"))
     assert len(open_embeddings(tmp_path)) == 5
+
+
+def test_error_names_the_program_that_was_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["failures", str(tmp_path / "nowhere")]) in (2, 3)
+    assert capsys.readouterr().err.startswith("asyncembed-store: error: ")

@@ -1,4 +1,4 @@
-"""Bodies of `/v1/embeddings`: from bytes to what is asked, and from vectors to bytes. Pure."""
+"""What comes in and goes out at `/v1/embeddings`: bodies read and written, and every error in one shape."""
 
 from __future__ import annotations
 
@@ -7,20 +7,130 @@ import gzip
 import re
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
+import anyio
 import numpy as np
 import orjson
+from starlette.requests import Request
+from starlette.responses import Response
 
 from asyncembed.assembly import normalized
 from asyncembed.embedder import CountedVectors, Kind
 from asyncembed.encoders import FloatMatrix
 from asyncembed.records import AnyText, TokenText
-from asyncembed.server.faults import ApiError, too_large
 from asyncembed.server.settings import ServerSettings
+
+INVALID = "invalid_request_error"
+SERVER = "server_error"
+
+
+class ApiError(Exception):
+    """An answer that is an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def response(self) -> Response:
+        """The answer."""
+        told = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        content = orjson.dumps({"error": told})
+        return Response(content, self.status, self.headers, media_type="application/json")
+
+
+def overloaded(message: str, retry_after_s: int) -> ApiError:
+    """There is no room now."""
+    headers = {"Retry-After": str(retry_after_s)}
+    return ApiError(429, message, kind="rate_limit_error", code="overloaded", headers=headers)
+
+
+def unavailable(message: str, code: str, retry_after_s: int | None = None) -> ApiError:
+    """The model is not there: not yet, or not any more."""
+    headers = {"Retry-After": str(retry_after_s)} if retry_after_s is not None else None
+    return ApiError(503, message, kind=SERVER, code=code, headers=headers)
+
+
+def too_large(message: str, code: str = "request_too_large") -> ApiError:
+    """The request is larger than the server takes."""
+    return ApiError(413, message, code=code)
+
+
+READ_S = 60.0
+"""Seconds a body may take to arrive: one that stalls would hold its room for ever."""
+
+SMALL_BYTES = 1 << 16
+"""A body up to this size is read whatever else is: large ones that are slow must not shut all others out."""
+
+
+class Bodies:
+    """Counts the bytes of bodies that are held, being read or waiting to be parsed."""
+
+    def __init__(self, max_bytes: int, max_total_bytes: int, read_s: float = READ_S) -> None:
+        self.max_bytes = max_bytes
+        self.max_total_bytes = max(max_bytes, max_total_bytes)
+        self.small_bytes = SMALL_BYTES
+        self.read_s = read_s
+        self.n_bytes = 0
+
+    def __repr__(self) -> str:
+        return f"<Bodies {self.n_bytes}/{self.max_total_bytes} bytes>"
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The whole body, held for the time of the block.
+
+        Raises:
+            ApiError: It is too large, 413, too slow, 408, or too many are being read, 429.
+            ClientDisconnect: The client went away.
+        """
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > self.max_bytes:
+            raise self._too_large(f"{int(declared)} bytes")
+        pieces: list[bytes] = []
+        try:
+            await self._receive(request, pieces)
+            yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        finally:
+            self.n_bytes -= sum(map(len, pieces))
+
+    async def _receive(self, request: Request, pieces: list[bytes]) -> None:
+        n_bytes = 0
+        try:
+            with anyio.fail_after(self.read_s):
+                async for piece in request.stream():
+                    pieces.append(piece)
+                    n_bytes += len(piece)
+                    self.n_bytes += len(piece)
+                    if n_bytes > self.max_bytes:
+                        raise self._too_large(f"more than {self.max_bytes} bytes")
+                    if n_bytes > self.small_bytes and self.n_bytes > self.max_total_bytes:
+                        raise overloaded("too many large requests are being read; try again later", 1)
+        except TimeoutError:
+            message = f"the body did not arrive within {self.read_s:g} seconds"
+            raise ApiError(408, message, code="request_timeout", headers={"Connection": "close"}) from None
+
+    def _too_large(self, size: str) -> Exception:
+        return too_large(f"the body has {size}; this server takes {self.max_bytes}; send fewer texts in a request")
+
 
 FORMATS = ("float", "base64")
 
