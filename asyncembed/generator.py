@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from asyncembed.assembly import Assembler
-from asyncembed.chunking import TokenCounter
-from asyncembed.embedder.life import watch
 from asyncembed.encoders import Encoder, FloatMatrix, Instruction, input_of, instruction_of, tell_chunk_size
-from asyncembed.errors import OptionsError
+from asyncembed.engine.scheduler import LimitEstimator
+from asyncembed.engine.splitting import TextSplitter, TokenCounter, default_splitter
+from asyncembed.engine.work import Client
+from asyncembed.errors import ClosedError, OptionsError
 from asyncembed.iterables import check_source, without_line_ends
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
 from asyncembed.job.loading import encoder_for, fingerprint_of, recorded_in
 from asyncembed.job.lookup import LOOKED_AT, RUN_BY_US, check_folder
-from asyncembed.loop_thread import LoopThread
 from asyncembed.memory import MemoryBudget
 from asyncembed.options import DEFAULT_SAVE_PATH, EmbedOptions
 from asyncembed.records import Chunk
 from asyncembed.remembering import LimitKeeper
-from asyncembed.scheduler import LimitEstimator
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.writer import FolderWriter
 from asyncembed.sources.feed import Handoff
-from asyncembed.splitting import TextSplitter, default_splitter
 from asyncembed.steps import PipelineSteps
 from asyncembed.stream import EmbedStream
+from asyncembed.threads import LoopThread, watch
 
 _ACT = ("device", "batch_size", "normalize_embeddings", "prompt", "prompt_name", "truncate_dim", "task")
 _CHANGE_NOTHING = (
@@ -249,7 +248,9 @@ class EmbeddingGenerator:
         self.close()
         self._encoder(recorded_in(self._options.folder))  # kept for the next call
         handoff = Handoff()
-        job = LoopThread(self._stream(handoff), handoff)
+        loop = LoopThread("asyncembed-generator")
+        job = loop.submit(_vectors, self._stream(handoff))
+        job.add_done_callback(lambda _: handoff.close())
         try:
             try:
                 for item in without_line_ends(texts):
@@ -259,9 +260,13 @@ class EmbeddingGenerator:
             except Exception as error:  # the iterator's own: the texts before it are finished first
                 handoff.finish(error)
             return job.result()
+        except CancelledError:
+            raise ClosedError("the job was cancelled") from None
         except BaseException:
             job.cancel()
             raise
+        finally:
+            loop.close()
 
     # --- step by step -------------------------------------------------------------------------------------------
 
@@ -425,8 +430,13 @@ class EmbeddingGenerator:
             encoder if self._estimator is not None else self._kept_limits().encoder,
             chunker,
             self.limit_estimator,
-            Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim),
+            Client(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim),
             max_bytes=self.max_memory_usage,
             max_rows=options.batch_size,
             writer=writer,
         )
+
+
+async def _vectors(stream: EmbedStream) -> dict[str, list[float] | None]:
+    vectors = await stream
+    return {text: None if vector is None else vector.tolist() for text, vector in vectors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -12,11 +13,10 @@ from typing import Any
 from langchain_core.embeddings import Embeddings
 
 from asyncembed.embedder import AsyncEmbedder, Kind
-from asyncembed.embedder.life import watch
 from asyncembed.embedder.settings import How, HowOptions, check_texts
-from asyncembed.embedder_thread import EmbedderThread
 from asyncembed.errors import AsyncEmbedError, ClosedError, TextTypeError
 from asyncembed.options import DEFAULT_MODEL
+from asyncembed.threads import LoopThread, watch
 from asyncembed.wording import why_no_text
 
 
@@ -67,7 +67,8 @@ class AsyncEmbedEmbeddings(Embeddings):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._thread: EmbedderThread | None = None
+        self._thread: LoopThread | None = None
+        self._opening: Future[AsyncEmbedder] = Future()
         self._starting = threading.Lock()
         self._closed = False
         watch(self)
@@ -100,9 +101,11 @@ class AsyncEmbedEmbeddings(Embeddings):
     def close(self) -> None:
         """End the embedder of its own, if it has one. Idempotent."""
         with self._starting:  # or a call could start a thread after this, and nobody would end it
-            self._closed = True
-        if self._thread is not None:
-            self._thread.close()
+            self._closed, thread, self._thread = True, self._thread, None
+        if thread is not None:
+            if not self._opening.exception():
+                thread.submit(self._opening.result().aclose)
+            thread.close()
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """A list of floats for each text. Not from the event loop of the embedder given: await `aembed_documents`."""
@@ -132,18 +135,19 @@ class AsyncEmbedEmbeddings(Embeddings):
         if self._given is not None:
             return self._given
         # Shielded: a caller that is cancelled while the model loads must not take it from the others.
-        return await asyncio.shield(asyncio.wrap_future(self._own().opened))
+        return await asyncio.shield(asyncio.wrap_future(self._own()))
 
-    def _own(self) -> EmbedderThread:
+    def _own(self) -> Future[AsyncEmbedder]:
         with self._starting:
             if self._closed:
                 raise ClosedError("these embeddings are closed; make others")
             if self._thread is None:
-                self._thread = EmbedderThread(self._make)
-            return self._thread
+                self._thread = LoopThread("asyncembed-embedder")
+                self._opening = self._thread.submit(self._make().__aenter__)
+            return self._opening
 
     def _wait(self, texts: str | list[str], kind: Kind) -> Any:
-        embedder = self._given or self._own().embedder
+        embedder = self._given or self._own().result()
         if embedder.is_on_its_loop():
             name = "query" if kind == "query" else "documents"
             raise AsyncEmbedError(

@@ -8,7 +8,7 @@ import sys
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +90,6 @@ def process_seconds() -> float:
 
 FloatVector = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int32]
-
-OWNERS_PER_LANE = 1 << 40
-"""Texts that a lane can number: the number of a text within an engine says which lane it came by."""
-
-
-def lane_of(owner: int) -> int:
-    """The lane that the text of this number came by: whose it is, where several share an engine."""
-    return owner // OWNERS_PER_LANE
 
 
 def text_id(text: str) -> str:
@@ -184,38 +176,36 @@ class Rejected:
 SourceItem = Text | Rejected
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Chunk:
-    """A piece of a text that the model takes in one row.
+    """A piece of a text that the model takes in one row. Made for every text, so not frozen, which takes longer.
 
     Attributes:
-        owner: The number of the text within the engine, unique while it is in flight.
+        work: The `Work` it is a piece of; None of one that only tries the model.
         ordinal: Position among the chunks of its text, from 0.
         text: The piece itself, without the prompt.
         start: Where it begins in the text, in characters.
         ids: Token ids with prompt and special tokens, shape `(length,)` int32: exactly a row of the model's input.
         n_tokens: Tokens without prompt and special tokens: the chunk's weight in the average.
-        priority: Class of urgency; lower is sooner.
         prompt: What stands before the piece in `ids`.
         task: Which of its routes or adapters the model takes; None for its default.
         is_cut: `ids` hold the beginning of `text` only, its first `n_tokens` tokens.
+        length: Tokens of the row, prompt and special tokens included.
     """
 
-    owner: int
+    work: Any
     ordinal: int
     text: str
     start: int
     ids: TokenIds
     n_tokens: int
-    priority: int = 0
     prompt: str = ""
     task: str | None = None
     is_cut: bool = False
+    length: int = field(init=False)
 
-    @property
-    def length(self) -> int:
-        """Tokens of the row, prompt and special tokens included."""
-        return len(self.ids)
+    def __post_init__(self) -> None:
+        self.length = len(self.ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

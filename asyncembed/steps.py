@@ -1,25 +1,24 @@
-"""The pipeline turned by hand: the same cores as a job, synchronous, one step at a time in the calling thread."""
+"""The pipeline turned by hand: the scheduler of a job, synchronous, one step at a time in the calling thread."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Any
 
 import numpy as np
 
 from asyncembed.admission import AdmissionQueue, life_bytes
-from asyncembed.assembly import Assembled, Assembler
-from asyncembed.chunking import Chunker, chunk_backing_off
-from asyncembed.consumer import ModelRunner, Outcome
 from asyncembed.encoders import Encoder, FailureKind, FloatMatrix, classify
+from asyncembed.engine.chunking import Chunker, chunk_backing_off
+from asyncembed.engine.client import is_window_full
+from asyncembed.engine.model_thread import ModelRunner, Outcome
+from asyncembed.engine.scheduler import EncoderState, LimitEstimator, Scheduler
+from asyncembed.engine.work import Client, Work
 from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError, OptionsError
-from asyncembed.heap import ChunkHeap
-from asyncembed.job import Pending
-from asyncembed.lane import WINDOW_CHUNKS, window_tokens
+from asyncembed.job import Entry
 from asyncembed.records import Batch, Chunk, FloatVector, Rejected, SourceItem, Text, text_id
-from asyncembed.scheduler import LimitEstimator, Scheduler
 from asyncembed.sinks import StoredText
 from asyncembed.sinks.writer import FolderWriter
 from asyncembed.sources.feed import to_item
@@ -28,80 +27,10 @@ from asyncembed.wording import plural
 MICRO_BATCH = 64
 """Items taken, and texts tokenised, in one go."""
 
-_END = object()
-
-
-class StepIntake:
-    """Takes items while they fit the budget.
-
-    Attributes:
-        open: Items taken and not yet released, by position.
-        n_taken: Items taken so far.
-    """
-
-    def __init__(
-        self,
-        max_bytes: int,
-        life_of: Callable[[str], int],
-        on_skipped: Callable[[list[tuple[str | None, Rejected]]], None],
-    ) -> None:
-        self.open: dict[int, Pending] = {}
-        self.n_taken = 0
-        self._admission = AdmissionQueue(max_bytes)
-        self._life_of = life_of
-        self._on_skipped = on_skipped
-        self._held_back: SourceItem | None = None
-        self._n_pulled = 0
-
-    def __repr__(self) -> str:
-        return f"<StepIntake open={len(self.open)} {self._admission!r}>"
-
-    def take(self, iterator: Iterator[Any], group: list[Pending]) -> tuple[bool, bool]:
-        """Take a micro-batch into `group`, which also has what came before an error of the iterator.
-
-        Returns:
-            Whether the iterator has ended, and whether the budget is full.
-        """
-        skipped: list[tuple[str | None, Rejected]] = []
-        ended = is_full = False
-        while not (ended or is_full) and len(group) + len(skipped) < MICRO_BATCH:
-            item = self._next(iterator)
-            if item is None:
-                ended = True
-            elif isinstance(item, Rejected) and item.skipped:
-                skipped.append((None, item))
-            else:
-                is_full = not self._admit(item, group)
-        if skipped:
-            self._on_skipped(skipped)
-        return ended, is_full
-
-    def release(self, pending: Pending) -> None:
-        """An item is done with: give its reservation back."""
-        self._admission.release(self.open.pop(pending.index).reserved)
-
-    def _next(self, iterator: Iterator[Any]) -> SourceItem | None:
-        item, self._held_back = self._held_back, None
-        if item is None and (given := next(iterator, _END)) is not _END:
-            item = to_item(given, self._n_pulled)
-            self._n_pulled += 1
-        return item
-
-    def _admit(self, item: SourceItem, group: list[Pending]) -> bool:
-        """Reserve an item's life; without room for it, it is held back for the next time."""
-        reserved = self._life_of(item.text if isinstance(item, Text) else "")
-        if not self._admission.reserve_nowait(reserved):
-            self._held_back = item
-            return False
-        pending = Pending(item, self.n_taken, reserved)
-        self.n_taken += 1
-        self.open[pending.index] = pending
-        group.append(pending)
-        return True
-
-
 UNSAVED_TEXTS = 256
 """Texts that have their result and wait to be saved, before no more are taken."""
+
+_END = object()
 
 
 class PipelineSteps:
@@ -111,7 +40,7 @@ class PipelineSteps:
         encoder: The model, run in the calling thread.
         chunker: Makes chunks.
         estimator: The limit of a batch in padded tokens.
-        assembler: Puts vectors together.
+        client: How vectors are normalised and truncated.
         max_bytes: Budget of the texts in flight.
         max_rows: Most rows of a batch.
         writer: The folder, open and claimed; None keeps results in memory.
@@ -122,7 +51,7 @@ class PipelineSteps:
         encoder: Encoder,
         chunker: Chunker,
         estimator: LimitEstimator,
-        assembler: Assembler,
+        client: Client,
         *,
         max_bytes: int,
         max_rows: int | None,
@@ -131,50 +60,52 @@ class PipelineSteps:
         self._dim = encoder.dim
         self._runner = ModelRunner(encoder)
         self._chunker = chunker
-        self._estimator = estimator
-        self._assembler = assembler
+        self._client = client
+        self._state = EncoderState(estimator, max_rows)
+        self._scheduler = Scheduler()
         self._writer = writer
-        self._heap = ChunkHeap()
-        self._scheduler = Scheduler(self._heap, estimator, max_rows=max_rows, is_wanted=self._is_wanted)
+        self._admission = AdmissionQueue(max_bytes)
+        self._held_back: SourceItem | None = None
+        self._n_pulled = self._n_taken = 0
         self._in_hand: dict[Chunk, None] = {}
         self._is_small = False
         self._last: tuple[Sequence[Chunk], FloatMatrix, float] = ((), np.empty((0, encoder.dim), np.float32), 0.0)
-        self._intake = StepIntake(max_bytes, self._life_of, self._reject)
-        self._leaders: dict[str, Pending] = {}
-        self._finished: deque[Pending] = deque()
-        self._saved: deque[Pending] = deque()
+        self._open: dict[int, Entry] = {}
+        self._first: dict[str, Entry] = {}  # of each text under way the entry that is computed
+        self._finished: deque[Entry] = deque()
+        self._saved: deque[Entry] = deque()
         self._given: dict[str, str] = {}
         self._done: dict[str, FloatVector | None] = {}  # texts that have a vector; None where the folder holds it
 
     def __repr__(self) -> str:
-        return f"<PipelineSteps open={self.n_open} unsaved={len(self._finished)} {self._heap!r}>"
+        return f"<PipelineSteps open={self.n_open} unsaved={len(self._finished)} {self._scheduler!r}>"
 
     @property
     def n_open(self) -> int:
         """Items taken and not yet removed as completed."""
-        return len(self._intake.open)
+        return len(self._open)
 
     def fill(self, iterator: Iterator[Any]) -> int:
-        """Take items while there is room for them: how many; 0 if there is no room, or none is left.
+        """Takes items while there is room for them: how many; 0 if there is no room, or none is left.
 
         Raises:
             Exception: What the iterator raised; the items before it are taken.
         """
-        n_before, ended, is_full = self._intake.n_taken, False, False
-        while self._has_room() and not (ended or is_full):
-            group: list[Pending] = []
+        n_before, has_ended, is_full = self._n_taken, False, False
+        while self._has_room() and not (has_ended or is_full):
+            group: list[Entry] = []
             try:
-                ended, is_full = self._intake.take(iterator, group)
+                has_ended, is_full = self._take(iterator, group)
             finally:
-                self._start(self._sort(group))
-        if ended:
-            self._heap.drain()
-        return self._intake.n_taken - n_before
+                self._start(self._look_up(group))
+        if has_ended:
+            self._client.is_draining = True
+        return self._n_taken - n_before
 
     def next_chunks(self) -> list[Chunk]:
         """The chunks that should run next, together, the same until they are embedded or failed; none if none wait."""
         if not self._in_hand:
-            batch = self._scheduler.next_batch()
+            batch = self._scheduler.next_batch(self._state)
             if batch is None:
                 return []
             self._in_hand, self._is_small = dict.fromkeys(batch.chunks), batch.is_small
@@ -195,7 +126,6 @@ class PipelineSteps:
             # A small batch is no sample of the speed of the size in use.
             seconds = inf if self._is_small or len(chunks) < len(self._in_hand) else outcome.seconds
             self._last = (batch.chunks, outcome.vectors.copy(), seconds)
-            self._scheduler.succeeded(batch)
             self._record(batch.chunks, outcome.vectors)
             return outcome.vectors
         if outcome.error is None:
@@ -206,11 +136,7 @@ class PipelineSteps:
         raise ModelOutOfMemoryError(f"there is no memory for {plural(len(chunks), 'chunk')} at once: {message}")
 
     def succeed(self, chunks: Sequence[Chunk], vectors: Any = None) -> None:
-        """The limit learns that they ran. Vectors made elsewhere are recorded.
-
-        Args:
-            chunks: The chunks.
-            vectors: Shape `(len(chunks), dim)`; None for those that `embed` returned.
+        """The limit learns that they ran. Vectors made elsewhere, shape `(len(chunks), dim)`, are recorded.
 
         Raises:
             OptionsError: They are not the vectors of these chunks, or there are none yet.
@@ -229,14 +155,12 @@ class PipelineSteps:
             self._record(chunks, matrix)
         elif any(chunk in self._in_hand for chunk in chunks):
             raise OptionsError("there are no vectors of these chunks yet: call `embed` before, or give them")
-        self._estimator.succeed(Batch(tuple(chunks)).padded_tokens, seconds if is_last else None)
+        self._state.estimator.succeed(Batch(tuple(chunks)).padded_tokens, seconds if is_last else None)
 
     def fail(self, chunks: Sequence[Chunk], error: BaseException | None = None) -> None:
         """They could not be embedded: they wait to be tried again in halves; one alone fails its text.
 
-        Args:
-            chunks: The chunks.
-            error: Why. Out of memory, or None, lowers the limit; anything else does not.
+        Out of memory, or no error, lowers the limit; anything else does not.
 
         Raises:
             ModelError: The error says that the device is dead, or the model fails on all that it is given.
@@ -249,71 +173,35 @@ class PipelineSteps:
             kind = FailureKind.FATAL if isinstance(error, ModelError) else classify(error)
         batch = Batch(tuple(chunks[row] for row in self._take_from_hand(chunks)))
         if not batch.chunks and kind is FailureKind.OUT_OF_MEMORY:
-            self._estimator.fail(Batch(tuple(chunks)).padded_tokens)
+            self._state.estimator.fail(Batch(tuple(chunks)).padded_tokens)
         if not batch.chunks:
             return
-        given_up = self._scheduler.failed(batch, kind, error)
-        if given_up is not None:
-            done = self._assembler.fail(given_up.chunk.owner, given_up.reason)
-            if done is not None:
-                self._heap.discard(done.owner)
-                self._finish(done)
-        if self._scheduler.has_probe:
-            self._run_probe()
-
-    def _run_probe(self) -> None:
-        probe = self._scheduler.next_batch()
-        if probe is None:
-            raise AssertionError("a probe is the next batch: this is a bug")
-        outcome = self._run(probe)
-        if outcome.kind is not None:
-            self._scheduler.failed(probe, outcome.kind, outcome.error)
-        self._scheduler.succeeded(probe)
-
-    def _run(self, batch: Batch) -> Outcome:
-        outcome = self._runner.advance(batch)
-        # Asked without another, a model that takes several batches at once finishes those under way, oldest first:
-        # one that an interrupt left behind, then this one.
-        while outcome is None or outcome.batch is not batch:
-            outcome = self._runner.advance(None)
-        return outcome
-
-    def _record(self, chunks: Sequence[Chunk], vectors: FloatMatrix) -> None:
-        """Keep the vectors of chunks in hand; texts that are complete wait to be saved."""
-        rows = self._take_from_hand(chunks)
-        for done in self._assembler.add([chunks[row] for row in rows], vectors[rows]):
-            self._finish(done)
-
-    def _take_from_hand(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Which of the chunks were handed out and not yet embedded or failed; from here on they are."""
-        rows = [row for row, chunk in enumerate(chunks) if chunk in self._in_hand]
-        for row in rows:
-            del self._in_hand[chunks[row]]
-        return rows
-
-    def _is_wanted(self, chunk: Chunk) -> bool:
-        pending = self._intake.open.get(chunk.owner)
-        return pending is not None and pending.result is None
+        self._finish(self._scheduler.failed(self._state, batch, kind, error))
+        if (probe := self._state.take_probe()) is not None:
+            outcome = self._run(probe)
+            if outcome.kind is not None:
+                self._scheduler.failed(self._state, probe, outcome.kind, outcome.error)
+            self._state.passed(probe)
 
     def save(self) -> int:
-        """Write all that is finished, files, keys and errors: how many."""
+        """Writes all that is finished, files, keys and errors: how many."""
         if self._writer is not None and self._finished:
-            self._writer.commit([pending.record() for pending in self._finished])
+            self._writer.commit([entry.record() for entry in self._finished])
         n_saved = len(self._finished)
         while self._finished:
-            pending = self._finished.popleft()
-            self._saved.append(pending)
-            if self._leaders.get(pending.id) is pending:
-                del self._leaders[pending.id]
-            if isinstance(pending.result, Assembled) and pending.result.error is None:
-                self._done[pending.id] = pending.result.embedding if self._writer is None else None
+            entry = self._finished.popleft()
+            self._saved.append(entry)
+            if self._first.get(entry.id) is entry:
+                del self._first[entry.id]
+            if entry.work is not None and entry.work.error is None:
+                self._done[entry.id] = entry.work.embedding if self._writer is None else None
         return n_saved
 
     def remove_completed(self) -> int:
-        """Give the memory of what is saved back: how many."""
+        """Gives the memory of what is saved back: how many."""
         removed = len(self._saved)
         while self._saved:
-            self._intake.release(self._saved.popleft())
+            self._admission.release(self._open.pop(self._saved.popleft().index).reserved)
         return removed
 
     def load(self) -> dict[str, list[float] | None]:
@@ -334,53 +222,80 @@ class PipelineSteps:
         return found
 
     def close(self) -> None:
-        """Complete the folder's index and release its lock. Idempotent."""
+        """Completes the folder's index and releases its lock. Idempotent."""
         if self._writer is not None:
             self._writer.close()
 
     def _has_room(self) -> bool:
-        if len(self._heap) >= WINDOW_CHUNKS or len(self._finished) >= UNSAVED_TEXTS:
-            return False
-        return self._heap.n_tokens < window_tokens(self._estimator)
+        return len(self._finished) < UNSAVED_TEXTS and not is_window_full(self._client, self._state)
 
-    def _life_of(self, text: str) -> int:
+    def _take(self, iterator: Iterator[Any], group: list[Entry]) -> tuple[bool, bool]:
+        """Takes a micro-batch into `group`, which also has what came before an error of the iterator.
+
+        Returns:
+            Whether the iterator has ended, and whether the budget is full: then an item is held back.
+        """
+        skipped: list[tuple[str | None, Rejected]] = []
+        has_ended = is_full = False
+        while not (has_ended or is_full) and len(group) + len(skipped) < MICRO_BATCH:
+            item, self._held_back = self._held_back, None
+            if item is None and (given := next(iterator, _END)) is not _END:
+                item = to_item(given, self._n_pulled)
+                self._n_pulled += 1
+            # 1. the end   2. a row to skip   3. there is room for it   4. there is none
+            if item is None:
+                has_ended = True
+            elif isinstance(item, Rejected) and item.skipped:
+                skipped.append((None, item))
+            elif self._admission.reserve_nowait(reserved := self._life_of(item)):
+                entry = Entry(item, self._n_taken, reserved)
+                self._n_taken += 1
+                self._open[entry.index] = entry
+                group.append(entry)
+            else:
+                self._held_back, is_full = item, True
+        if skipped and self._writer is not None:
+            self._writer.reject(skipped)
+        return has_ended, is_full
+
+    def _life_of(self, item: SourceItem) -> int:
+        text = item.text if isinstance(item, Text) else ""
         return life_bytes(text, self._dim, self._chunker.chunk_size, self._chunker.chunk_overlap)
 
-    def _reject(self, rows: list[tuple[str | None, Rejected]]) -> None:
-        if self._writer is not None:
-            self._writer.reject(rows)
-
-    def _sort(self, group: Sequence[Pending]) -> list[Pending]:
-        """Those to compute; all others are finished, or wait for one that is under way."""
-        new: list[Pending] = []
+    def _look_up(self, group: Sequence[Entry]) -> list[Work]:
+        """The texts to compute; all other entries are finished, or wait for one that is under way."""
+        new: list[Work] = []
         before = self._saved_before(group)
-        for pending in group:
-            leader = self._leaders.get(pending.id)
+        for entry in group:
+            first = self._first.get(entry.id)
             # 1. no text at all   2. repeats one under way   3. saved by an earlier run
             # 4. repeats one that this run has done   5. new
-            if isinstance(pending.item, Rejected):
-                self._finished.append(pending)
-            elif leader is not None:
-                pending.is_duplicate = True
-                self._follow(leader, pending)
-            elif pending.id in before:
-                pending.cached = True
-                self._finished.append(pending)
-            elif pending.id in self._done:
-                pending.is_duplicate = True
-                self._finished.append(pending)
+            if isinstance(entry.item, Rejected):
+                self._finished.append(entry)
+            elif first is not None and first.work is not None:
+                entry.is_duplicate, entry.work = True, first.work
+                if first.work.is_pending:
+                    first.work.waiters.append(entry)
+                else:
+                    self._finished.append(entry)
+            elif entry.id in before or entry.id in self._done:
+                entry.cached = entry.id in before
+                entry.is_duplicate = not entry.cached
+                self._finished.append(entry)
             else:
-                self._leaders[pending.id] = pending
-                new.append(pending)
+                self._first[entry.id] = entry
+                entry.work = Work(self._client, entry.text)
+                entry.work.waiters.append(entry)
+                new.append(entry.work)
         return new
 
-    def _saved_before(self, group: Sequence[Pending]) -> set[str]:
+    def _saved_before(self, group: Sequence[Entry]) -> set[str]:
         """Ids of the group's texts that an earlier run has saved; one whose file is damaged is new again."""
-        for pending in group:
-            if isinstance(pending.item, Text):
-                pending.id = text_id(pending.text)
-                self._given.setdefault(pending.id, pending.text)
-        ids = list(dict.fromkeys(pending.id for pending in group if pending.id and pending.id not in self._leaders))
+        for entry in group:
+            if isinstance(entry.item, Text):
+                entry.id = text_id(entry.item.text)
+                self._given.setdefault(entry.id, entry.item.text)
+        ids = list(dict.fromkeys(entry.id for entry in group if entry.id and entry.id not in self._first))
         if self._writer is None:
             return set()
         saved = [identity for identity, there in zip(ids, self._writer.done.contains_many(ids), strict=True) if there]
@@ -390,28 +305,42 @@ class PipelineSteps:
                 self._done[identity] = None
         return {identity for identity in saved if identity in self._done}
 
-    def _follow(self, leader: Pending, pending: Pending) -> None:
-        if leader.result is None:
-            leader.followers.append(pending)
-        else:
-            pending.result = leader.result
-            self._finished.append(pending)
-
-    def _start(self, group: Sequence[Pending]) -> None:
-        """Make chunks of new texts; each is known to heap and assembler by its position."""
-        if not group:
+    def _start(self, works: Sequence[Work]) -> None:
+        """Cuts new texts into chunks, which then wait."""
+        if not works:
             return
-        results = chunk_backing_off(self._chunker.chunk, [(pending.index, pending.text, 0) for pending in group])
-        for pending, result in zip(group, results, strict=True):
-            if result.error is not None:
-                self._finish(Assembled(pending.index, None, error=result.error))
+        chunk_backing_off(self._chunker.chunk, works)
+        for work in works:
+            if work.error is not None:
+                work.fail(work.error)
             else:
-                self._assembler.expect(pending.index, len(result.chunks))
-                self._heap.push(result.chunks)
+                work.expect()
+        self._finish([work for work in works if not work.is_open])
+        self._scheduler.push([work for work in works if work.is_open])
 
-    def _finish(self, done: Assembled) -> None:
-        leader = self._intake.open[done.owner]
-        followers, leader.followers = leader.followers, []
-        for pending in (leader, *followers):
-            pending.result = done
-            self._finished.append(pending)
+    def _finish(self, works: Sequence[Work]) -> None:
+        for work in works:
+            if work.is_pending:
+                work.average()
+            self._finished.extend(work.take_waiters())
+
+    def _run(self, batch: Batch) -> Outcome:
+        outcome = self._runner.advance(batch)
+        # Asked without another, a model that takes several batches at once finishes those under way, oldest first:
+        # one that an interrupt left behind, then this one.
+        while outcome is None or outcome.batch is not batch:
+            outcome = self._runner.advance(None)
+        return outcome
+
+    def _record(self, chunks: Sequence[Chunk], vectors: FloatMatrix) -> None:
+        """Keeps the vectors of chunks in hand; texts that are complete wait to be saved."""
+        if rows := self._take_from_hand(chunks):
+            batch = Batch(tuple(chunks[row] for row in rows))
+            self._finish(self._scheduler.succeeded(self._state, batch, vectors[rows]))
+
+    def _take_from_hand(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Which of the chunks were handed out and not yet embedded or failed; from here on they are."""
+        rows = [row for row, chunk in enumerate(chunks) if chunk in self._in_hand]
+        for row in rows:
+            del self._in_hand[chunks[row]]
+        return rows

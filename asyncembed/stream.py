@@ -14,10 +14,10 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from asyncembed.engine import EngineHost
+from asyncembed.engine.engine import EngineHost
 from asyncembed.errors import ClosedError, OptionsError, TextsFailedError
 from asyncembed.iterables import check_source
-from asyncembed.job import Job, JobParts, Pending
+from asyncembed.job import Job, JobParts
 from asyncembed.options import (
     DEFAULT_MODEL,
     DEFAULT_SAVE_PATH,
@@ -247,9 +247,10 @@ class EmbedStream:
         # A loop closes an iterator that is left by `break`; nest_asyncio's does not, and then nothing can be awaited.
         is_closed_by_loop = sys.get_asyncgen_hooks().finalizer is not None
         try:
-            while (received := await self._receive(job)) is not None:
-                job.release(received[0])
-                yield received[1]
+            while await job.results.wait():
+                for entry, record in job.results.take():
+                    job.release(entry)
+                    yield record
             await self._join()
         except GeneratorExit:
             may_wait = is_closed_by_loop
@@ -294,15 +295,6 @@ class EmbedStream:
         driver = self._driver
         if self._closed and driver is not None and driver.get_loop() is asyncio.get_running_loop():
             await asyncio.wait([driver])
-
-    async def _receive(self, job: Job) -> tuple[Pending, EmbeddedText] | None:
-        """The next result; None when there are no more."""
-        try:
-            return await job.results.receive()
-        except anyio.EndOfStream:
-            return None
-        except anyio.ClosedResourceError:
-            raise ClosedError("the stream was closed while it was being read") from None
 
     async def _join(self) -> None:
         """Wait for the job's end and raise what it raised."""

@@ -1,12 +1,16 @@
-"""One named thread that does blocking work for the event loop."""
+"""Threads: one that does blocking work for the event loop, one that has a loop of its own, and what forks leave."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
+from weakref import WeakSet
 
 import anyio
 
@@ -99,3 +103,62 @@ def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 def _nothing() -> None:
     """The last call of a thread: when it returns, all before it have."""
+
+
+class LoopThread:
+    """An event loop in a thread of its own, for callers that have none or whose loop is busy with them.
+
+    The thread is a daemon: a program that forgets to close it still ends.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<LoopThread {self._thread.name!r} {'alive' if self._thread.is_alive() else 'ended'}>"
+
+    def submit(self, function: Callable[..., Coroutine[Any, Any, T]], *args: object) -> Future[T]:
+        """Starts a coroutine function on the loop: a future of its result. Cancelling that cancels the call."""
+        return asyncio.run_coroutine_threadsafe(function(*args), self._loop)
+
+    def close(self) -> None:
+        """Ends the loop when all that was submitted is over, and the thread. Idempotent."""
+        with suppress(RuntimeError):  # it has ended already
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+            while tasks := asyncio.all_tasks(self._loop):
+                self._loop.run_until_complete(asyncio.wait(tasks))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._loop.close()
+
+
+class Orphan(Protocol):
+    """What lives by threads, which a child process has not."""
+
+    def orphan(self) -> None:
+        """Called in a child: refuse, or begin anew, for none of the parent's threads would ever answer."""
+        ...
+
+
+_living: WeakSet[Orphan] = WeakSet()
+
+
+def watch(living: Orphan) -> None:
+    """Tells it of forks for as long as it exists."""
+    _living.add(living)
+
+
+def _tell() -> None:
+    for living in list(_living):
+        living.orphan()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_tell)

@@ -14,10 +14,10 @@ from typing import Any
 import anyio
 
 from asyncembed import AsyncEmbedder, ClosedError, embed_stream, open_embeddings
-from asyncembed.assembly import Assembled, Assembler
-from asyncembed.chunking import Chunker
-from asyncembed.engine import Engine
-from asyncembed.lane import Submission
+from asyncembed.engine.chunking import Chunker
+from asyncembed.engine.engine import Engine
+from asyncembed.engine.model_thread import EncoderThread
+from asyncembed.engine.work import Work
 from asyncembed.limits import TokenLimitEstimator
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.lock import FolderLock
@@ -146,31 +146,33 @@ async def engine_alone(folder: Path, kept: list[Any]) -> None:
     encoder = FakeEncoder()
     worker = WorkerThread("asyncembed-model")
     chunker = Chunker(encoder.tokenizer(), encoder.max_tokens)
-    engine = Engine(encoder, TokenLimitEstimator(64), model_thread=worker)
-    lane = engine.open_lane(
-        lambda items: chunker.chunk([(it.owner, it.text, it.priority) for it in items]), Assembler()
-    )
-    done: list[Assembled] = []
+    engine = Engine(EncoderThread(encoder, TokenLimitEstimator(64), thread=worker))
+    client = engine.open_client(chunker.chunk)
 
     async def run_engine() -> None:
         try:
             await engine.run()
         finally:
-            engine.break_lanes(ClosedError("the engine has ended"))
+            engine.break_clients(ClosedError("the engine has ended"))
 
     async def submit() -> None:
         try:
             for text in TEXTS:
-                await lane.submit([Submission(lane.new_owner(), text, done.append)])
+                await client.submit([Work(client, text, waiters=[text])])
         finally:
-            lane.close()
+            client.close()
+
+    async def collect() -> None:
+        while await client.finished():
+            pass
 
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(run_engine, name="asyncembed-engine")
             group.start_soon(submit)
+            group.start_soon(collect)
             try:
-                await lane.run()
+                await client.run()
             finally:
                 engine.close()
     finally:

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from asyncembed.chunking import Chunker
 from asyncembed.cli.console import Console
 from asyncembed.cli.options import Request
 from asyncembed.cli.progress import in_words
-from asyncembed.consumer import ModelRunner
 from asyncembed.encoders import Encoder
+from asyncembed.engine.chunking import Chunker
+from asyncembed.engine.heap import ChunkHeap
+from asyncembed.engine.model_thread import ModelRunner
+from asyncembed.engine.work import Client, Work
 from asyncembed.errors import StoreError, StoreMismatchError
-from asyncembed.heap import ChunkHeap
 from asyncembed.job.loading import load_all
 from asyncembed.limits import initial_limit
 from asyncembed.options import EmbedOptions
@@ -226,6 +227,8 @@ def file_bytes(text: str, chunks: Sequence[Chunk], n_vector_bytes: int) -> int:
     return bare + n_vectors * (n_vector_bytes - len("[]"))
 
 
+_CLIENT = Client()
+
 SAMPLE_CHUNKS = 512
 MEASURE_S = 3.0
 
@@ -276,7 +279,7 @@ class Rehearsal:
     def vectors(self, chunks: Sequence[Chunk]) -> list[FloatVector]:
         """The vectors of one batch at most; none if it fails. It also warms the model up."""
         heap = ChunkHeap()
-        heap.push(tuple(chunks))
+        heap.push([Work(_CLIENT, "", chunks=tuple(chunks))])
         batch = heap.take(self._limit, self._max_rows)
         outcome = (self._runner.advance(batch) or self._runner.advance(None)) if batch is not None else None
         return [] if outcome is None or outcome.vectors is None else list(outcome.vectors)
@@ -284,7 +287,7 @@ class Rehearsal:
     def measure(self, chunks: Sequence[Chunk]) -> Speed:
         """Embed the chunks, or as many as `MEASURE_S` seconds allow."""
         heap = ChunkHeap()
-        heap.push(tuple(chunks))
+        heap.push([Work(_CLIENT, "", chunks=tuple(chunks))])
         n_tokens, started, now = 0, time.perf_counter(), time.perf_counter()
         while now - started < MEASURE_S:
             batch = heap.take(self._limit, self._max_rows)
@@ -387,7 +390,9 @@ class _Count:
         texts = [item.text for item in group if isinstance(item, Text)]
         plan.texts += len(texts)
         new = [text for text in self._first_seen(texts) if not self._is_saved(text)]
-        for text, found in zip(new, self._chunker.chunk([(0, text, 0) for text in new]), strict=True):
+        works = [Work(_CLIENT, text) for text in new]
+        self._chunker.chunk(works)
+        for text, found in zip(new, works, strict=True):
             plan.unknown_tokens += found.unknown_tokens
             if found.error is not None:
                 plan.would_fail += 1

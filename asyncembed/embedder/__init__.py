@@ -1,8 +1,8 @@
 """One model inside an async app: many small concurrent requests share its batches."""
 
-from asyncembed.embedder.answers import CountedVectors
 from asyncembed.embedder.embedder import AsyncEmbedder
 from asyncembed.embedder.life import EmbedderStatistics
+from asyncembed.embedder.requests import CountedVectors
 from asyncembed.encoders import Kind
 
 __all__ = ["AsyncEmbedder", "CountedVectors", "EmbedderStatistics", "Kind"]

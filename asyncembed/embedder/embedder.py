@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any, overload
 
 import anyio
 
-from asyncembed.embedder.answers import CountedVectors, counted_of, matrix_of, records_of, vector_of, with_faults
-from asyncembed.embedder.desk import Desk, Request
 from asyncembed.embedder.life import EmbedderLife
+from asyncembed.embedder.requests import (
+    CountedVectors,
+    Request,
+    counted_of,
+    matrix_of,
+    records_of,
+    vector_of,
+    with_faults,
+)
 from asyncembed.embedder.settings import (
     How,
     HowOptions,
@@ -191,12 +198,12 @@ class AsyncEmbedder(EmbedderLife):
         if self._state == "loading":
             raise OverloadedError("the model is still being loaded; await embed(), which waits for it")
         request = self._request(texts, how, shape)
-        desk = self._open_desk()
-        desk.open(request)
+        requests = self._open_requests()
+        requests.open(request)
         try:
-            desk.admit_nowait(request)
+            requests.admit_nowait(request)
         except BaseException:
-            desk.leave(request)
+            requests.leave(request)
             raise
         return request.future
 
@@ -246,13 +253,13 @@ class AsyncEmbedder(EmbedderLife):
         if self._state != "open":
             await self._until_open()
         request = self._request(texts, how, shape)
-        desk = self._open_desk()
-        desk.open(request)
+        requests = self._open_requests()
+        requests.open(request)
         try:
-            await desk.admit(request)
+            await requests.admit(request)
             return await request.future
         finally:
-            desk.leave(request)
+            requests.leave(request)
 
     def _request(self, texts: Sequence[AnyText], how: How, shape: Callable[[Request], Any]) -> Request:
         return Request(
@@ -264,8 +271,3 @@ class AsyncEmbedder(EmbedderLife):
             keep_errors=shape is records_of,
             shape=shape,
         )
-
-    def _open_desk(self) -> Desk:
-        if self._desk is None:
-            raise AssertionError("an open embedder has a desk: this is a bug")
-        return self._desk

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
-from weakref import WeakSet
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import anyio
 
-from asyncembed.assembly import Assembler
-from asyncembed.embedder.chunkers import InstructionChunkers, LongTextChunkers
-from asyncembed.embedder.desk import Desk
+from asyncembed.embedder.requests import Requests
 from asyncembed.encoders import Encoder, load_encoder, tell_chunk_size
-from asyncembed.engine import Engine
+from asyncembed.engine.chunkers import InstructionChunkers, LongTextChunkers
+from asyncembed.engine.client import EngineClient
+from asyncembed.engine.engine import Engine
+from asyncembed.engine.model_thread import EncoderThread
 from asyncembed.errors import AsyncEmbedError, ClosedError, ModelError
-from asyncembed.lane import Lane
 from asyncembed.options import EmbedOptions
 from asyncembed.remembering import LimitKeeper
-from asyncembed.threads import WorkerThread
+from asyncembed.threads import WorkerThread, watch
 
 State = Literal["new", "loading", "open", "closing", "closed", "broken"]
 
@@ -69,31 +67,6 @@ class EmbedderStatistics(NamedTuple):
     model_seconds: float = 0.0
 
 
-class Orphan(Protocol):
-    """What lives by threads, which a child process has not."""
-
-    def orphan(self) -> None:
-        """Called in a child: refuse, or begin anew, for none of the parent's threads would ever answer."""
-        ...
-
-
-_living: WeakSet[Orphan] = WeakSet()
-
-
-def watch(living: Orphan) -> None:
-    """Have it told of forks for as long as it exists."""
-    _living.add(living)
-
-
-def _tell() -> None:
-    for living in list(_living):
-        living.orphan()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_tell)
-
-
 logger = logging.getLogger("asyncembed")
 
 Opened = TypeVar("Opened", bound="EmbedderLife")
@@ -113,8 +86,8 @@ class EmbedderLife:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._driver: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
-        self._lane: Lane | None = None
-        self._desk: Desk | None = None
+        self._client: EngineClient | None = None
+        self._requests: Requests | None = None
         self._error: Exception | None = None
         self._limits: LimitKeeper | None = None
         self._is_orphan = False
@@ -123,8 +96,8 @@ class EmbedderLife:
         raise TypeError("an AsyncEmbedder cannot be copied or pickled: make one of the same model where it is needed")
 
     def __repr__(self) -> str:
-        desk = f" {self._desk!r}" if self._desk is not None else ""
-        return f"<{type(self).__name__} {self._state} {self.options.model!r}{desk}>"
+        requests = f" {self._requests!r}" if self._requests is not None else ""
+        return f"<{type(self).__name__} {self._state} {self.options.model!r}{requests}>"
 
     async def __aenter__(self: Opened) -> Opened:
         """Load the model.
@@ -177,10 +150,10 @@ class EmbedderLife:
             if self._state in ("loading", "open"):
                 self._state = "closing"
         try:
-            if self._engine is not None and self._lane is not None:
-                self._engine.break_lanes(_closed(), but=self._lane)
-            if self._desk is not None and drain:
-                await self._desk.wait_idle()
+            if self._engine is not None and self._client is not None:
+                self._engine.break_clients(_closed(), but=self._client)
+            if self._requests is not None and drain:
+                await self._requests.wait_idle()
         finally:
             self._end()
         if not self._driver.done():
@@ -189,12 +162,12 @@ class EmbedderLife:
 
     def _end(self) -> None:
         """Let the driver come to its end."""
-        if self._engine is None or self._lane is None or self._desk is None:
+        if self._engine is None or self._client is None or self._requests is None:
             if self._driver is not None:
                 self._driver.cancel()
             return
-        self._desk.fail_all(self._why_ended)
-        self._lane.stop()
+        self._requests.fail_all(self._why_ended)
+        self._client.stop()
         self._engine.close()
 
     async def _drive(self) -> None:
@@ -202,21 +175,22 @@ class EmbedderLife:
         try:
             encoder, chunkers = await self._model_thread.run(_load, self.options)
             self._limits = await self._model_thread.run(LimitKeeper, encoder, self.options.token_limit)
-            engine, lane = self._open(self._limits, chunkers)
+            engine, client, requests = self._open(self._limits, chunkers)
             self._ready.set()
             async with anyio.create_task_group() as group:
-                group.start_soon(self._guard, lane.run, group.cancel_scope)
+                group.start_soon(self._guard, client.run, group.cancel_scope)
+                group.start_soon(requests.run)
                 await self._guard(engine.run, group.cancel_scope)
         except Exception as error:
             self._error = error
         finally:
             with self._handing_over:
                 self._state = "broken" if self._error is not None else "closed"
-            if self._engine is not None and self._desk is not None:
+            if self._engine is not None and self._requests is not None:
                 if self._error is not None:
                     logger.error("the embedder has ended: %s", self._error)
-                self._engine.break_lanes(self._why_ended())
-                self._desk.fail_all(self._why_ended)
+                self._engine.break_clients(self._why_ended())
+                self._requests.fail_all(self._why_ended)
             self._ready.set()
             await self._model_thread.aclose(self._limits.close if self._limits is not None else None)
 
@@ -229,28 +203,33 @@ class EmbedderLife:
                 self._error = error
             scope.cancel()
 
-    def _open(self, limits: LimitKeeper, chunkers: InstructionChunkers) -> tuple[Engine, Lane]:
+    def _open(self, limits: LimitKeeper, chunkers: InstructionChunkers) -> tuple[Engine, EngineClient, Requests]:
         options = self.options
-        engine = Engine(
-            limits.encoder,
-            limits.estimator,
-            model_thread=self._model_thread,
-            max_rows=options.batch_size,
+        self._engine = Engine(
+            EncoderThread(limits.encoder, limits.estimator, thread=self._model_thread, max_rows=options.batch_size)
         )
-        assembler = Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim)
-        lane = engine.open_lane(chunkers, assembler, chunk_long=LongTextChunkers(limits.encoder, options))
-        self._desk = Desk(
-            lane,
+        self._client = self._engine.open_client(
+            chunkers,
+            chunk_long=LongTextChunkers(limits.encoder, options),
+            normalize=options.normalize_embeddings,
+            truncate_dim=options.truncate_dim,
+        )
+        self._requests = Requests(
+            self._client,
             limits.encoder.dim,
             chunkers.chunk_size,
             options.chunk_overlap,
             max_bytes=self._max_bytes,
             cache_bytes=self._cache_bytes,
         )
-        self._engine, self._lane = engine, lane
         if self._state == "loading":
             self._state = "open"
-        return engine, lane
+        return self._engine, self._client, self._requests
+
+    def _open_requests(self) -> Requests:
+        if self._requests is None:
+            raise AssertionError("an open embedder has requests: this is a bug")
+        return self._requests
 
     def _why_ended(self) -> Exception:
         """A new error for each who is told."""
@@ -280,28 +259,28 @@ class EmbedderLife:
 
     def statistics(self) -> EmbedderStatistics:
         """What it did, and what waits."""
-        if self._engine is None or self._lane is None or self._desk is None:
+        if self._engine is None or self._client is None or self._requests is None:
             return EmbedderStatistics(self._state, max_pending_bytes=self._max_bytes)
-        engine, desk = self._engine.statistics(), self._desk
-        queues = (desk.urgent.statistics(), desk.later.statistics())
+        engine, requests = self._engine.statistics(), self._requests
+        queues = (requests.urgent.statistics(), requests.later.statistics())
         return EmbedderStatistics(
             state=self._state,
-            requests=desk.n_requests,
-            texts=desk.n_texts,
-            pending_requests=desk.n_pending,
+            requests=requests.n_requests,
+            texts=requests.n_texts,
+            pending_requests=requests.n_pending,
             waiting_texts=sum(queue.n_waiting for queue in queues),
             pending_bytes=sum(queue.reserved_bytes for queue in queues),
             max_pending_bytes=self._max_bytes,
-            cache_bytes=desk.cache.n_bytes,
-            cache_hits=desk.cache.n_hits,
-            truncations=self._lane.chunking.truncated_texts,
-            batches=engine.consumer.batches,
-            ooms=engine.consumer.ooms,
-            row_tokens=engine.consumer.row_tokens,
-            padded_tokens=engine.consumer.padded_tokens,
+            cache_bytes=requests.cache.n_bytes,
+            cache_hits=requests.cache.n_hits,
+            truncations=self._client.truncated_texts,
+            batches=engine.encoders.batches,
+            ooms=engine.encoders.ooms,
+            row_tokens=engine.encoders.row_tokens,
+            padded_tokens=engine.encoders.padded_tokens,
             waiting_chunks=engine.heap.n_chunks,
             token_limit=engine.token_limit,
-            model_seconds=engine.consumer.model_seconds,
+            model_seconds=engine.encoders.model_seconds,
         )
 
     async def engine(self) -> Engine:

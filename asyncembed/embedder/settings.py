@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
 from asyncembed.encoders import KINDS, Encoder, Instruction, Kind, kind_prompt_of, kind_task_of, prompt_of, task_of
+from asyncembed.engine.scheduler import BULK, INTERACTIVE
 from asyncembed.errors import OptionsError, TextTypeError
 from asyncembed.iterables import why_other_items, without_line_ends
-from asyncembed.lane import BULK, INTERACTIVE
 from asyncembed.options import MODEL_OPTIONS, REQUEST_OPTIONS, Blanks, EmbedOptions, check_prompt
 from asyncembed.records import AnyText, TokenText
 from asyncembed.wording import kind_of, why_no_text

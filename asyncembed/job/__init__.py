@@ -2,6 +2,6 @@
 
 from asyncembed.job.job import Job, JobParts
 from asyncembed.job.loading import load_chunker, run_fingerprint
-from asyncembed.job.lookup import Pending
+from asyncembed.job.lookup import Entry
 
-__all__ = ["Job", "JobParts", "Pending", "load_chunker", "run_fingerprint"]
+__all__ = ["Entry", "Job", "JobParts", "load_chunker", "run_fingerprint"]

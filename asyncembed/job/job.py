@@ -1,126 +1,120 @@
-"""One run over one source: reads it, wires the stages, and sees that all is saved, closed and given back at the end."""
+"""One run over one source: one coroutine reads it, looks its texts up and submits them, another saves and delivers.
+
+It sees that all is saved, closed and given back at the end.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from asyncembed.admission import AdmissionQueue, life_bytes
-from asyncembed.assembly import Assembler
-from asyncembed.chunking import ChunkedText, Chunker
-from asyncembed.consumer import ConsumerStatistics
 from asyncembed.encoders import Encoder, Instruction
-from asyncembed.engine import Engine, EngineHost
-from asyncembed.errors import StoreError
-from asyncembed.job.delivery import Delivery
+from asyncembed.engine.chunking import Chunker
+from asyncembed.engine.client import EngineClient
+from asyncembed.engine.engine import Engine, EngineHost
+from asyncembed.engine.model_thread import EncoderStatistics, EncoderThread
+from asyncembed.engine.scheduler import LimitEstimator
+from asyncembed.engine.splitting import TextSplitter
+from asyncembed.errors import ClosedError, StoreError, TextsFailedError
 from asyncembed.job.loading import load_all
-from asyncembed.job.lookup import LOOKED_AT, RUN_BY_US, Lookup, Pending, check_folder
-from asyncembed.lane import BULK, Lane, Submission
+from asyncembed.job.lookup import LOOKED_AT, RUN_BY_US, Entry, Lookup, check_folder
 from asyncembed.memory import MemoryBudget, peak_rss_bytes
 from asyncembed.options import EmbedOptions
 from asyncembed.records import EmbeddedText, Rejected, SourceItem, Summary, Text, process_seconds
 from asyncembed.remembering import LimitKeeper
-from asyncembed.scheduler import LimitEstimator
 from asyncembed.sinks import JsonStore
 from asyncembed.sources import TextFeed
-from asyncembed.splitting import TextSplitter
 from asyncembed.threads import WorkerThread
 from asyncembed.wording import plural
 
-
-class Intake:
-    """Reads a source into groups of admitted texts."""
-
-    def __init__(
-        self,
-        source: Any,
-        feed: TextFeed,
-        admission: AdmissionQueue,
-        summary: Summary,
-        *,
-        on_skipped: Callable[[list[tuple[str | None, Rejected]]], Awaitable[None]],
-        on_waiting: Callable[[], None],
-    ) -> None:
-        self.error: BaseException | None = None
-        self.in_flight: dict[int, Pending] = {}
-        self._source = source
-        self._name: str | None = getattr(source, "name", None) if hasattr(source, "n_blank") else None
-        self._feed = feed
-        self._admission = admission
-        self._summary = summary
-        self._on_skipped = on_skipped
-        self._on_waiting = on_waiting
-        self._n_texts = 0
-        self.reached_end = False
-
-    def release(self, pending: Pending) -> None:
-        """The text's life is over: give its reservation back. Idempotent."""
-        if self.in_flight.pop(pending.index, None) is not None:
-            self._admission.release(pending.reserved)
-
-    def release_all(self) -> None:
-        """Give back what is still reserved, at the end of a run."""
-        for pending in list(self.in_flight.values()):
-            self.release(pending)
-
-    async def run(
-        self, admitted: MemoryObjectSendStream[list[Pending]], dim: int, chunk_size: int, chunk_overlap: int
-    ) -> None:
-        """Read to the end of the source. What the source raises is kept in `error` and ends the reading."""
-        while (items := await self._next_items()) is not None:
-            skipped: list[tuple[str | None, Rejected]] = []
-            group: list[Pending] = []
-            for item in items:
-                if isinstance(item, Rejected) and item.skipped:
-                    skipped.append((self._place(item), item))
-                    continue
-                reserved = life_bytes(item.text if isinstance(item, Text) else "", dim, chunk_size, chunk_overlap)
-                if not self._admission.reserve_nowait(reserved):
-                    if group:  # those before it must go on, or the room would never come
-                        await admitted.send(group)
-                        group = []
-                    self._on_waiting()
-                    await self._admission.reserve(reserved)
-                pending = Pending(item, self._n_texts, reserved, self._place(item))
-                self._n_texts += 1
-                self.in_flight[pending.index] = pending
-                group.append(pending)
-            if skipped:
-                self._summary.skipped += len(skipped)
-                await self._on_skipped(skipped)
-            if group:
-                await admitted.send(group)
-
-    async def _next_items(self) -> Sequence[SourceItem] | None:
-        try:
-            return await self._feed.__anext__()
-        except StopAsyncIteration:
-            self.reached_end = True
-            return None
-        except Exception as error:
-            self.error = error
-            if self.in_flight:
-                logger.warning(
-                    "the input cannot be read further; finishing %s before", plural(len(self.in_flight), "text")
-                )
-            return None
-        finally:
-            blank = int(getattr(self._source, "n_blank", 0))
-            self._summary.skipped += blank - self._summary.blank
-            self._summary.blank = blank
-
-    def _place(self, item: SourceItem) -> str | None:
-        return f"{self._name}:{item.line}" if self._name is not None and item.line is not None else None
-
-
 logger = logging.getLogger("asyncembed")
+
+COMMIT_RECORDS = 256
+"""Most records of one commit, which is one hop to the store's thread."""
+
+KEPT_FAILURES = 1000
+"""Failed records kept in memory; all are in `errors.jsonl`."""
+
+Delivered = tuple[Entry, EmbeddedText]
+
+
+class OrderBuffer:
+    """Holds results that came early until all before them have come."""
+
+    def __init__(self) -> None:
+        self.next_index = 0
+        self._held: dict[int, Delivered] = {}
+
+    def push(self, items: Sequence[Delivered]) -> list[Delivered]:
+        """Adds results; those whose turn has come, in order."""
+        self._held.update((item[0].index, item) for item in items)
+        ready: list[Delivered] = []
+        while (item := self._held.pop(self.next_index, None)) is not None:
+            ready.append(item)
+            self.next_index += 1
+        return ready
+
+    def rest(self) -> list[Delivered]:
+        """All that is still held, in order, gaps skipped: no more will come."""
+        held, self._held = self._held, {}
+        return [held[index] for index in sorted(held)]
+
+
+class Results:
+    """Results that wait for their reader. Each holds its reservation meanwhile, which bounds them."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Delivered] = deque()
+        self._changed = anyio.Event()
+        self._closed = self._discarded = False
+
+    def put(self, items: Sequence[Delivered]) -> None:
+        """Adds results."""
+        if not self._discarded:
+            self._waiting.extend(items)
+            self._notify()
+
+    def close(self) -> None:
+        """No more will come."""
+        self._closed = True
+        self._notify()
+
+    def discard(self) -> None:
+        """Nobody reads on."""
+        self._discarded = True
+        self._waiting.clear()
+        self._notify()
+
+    def take(self) -> Iterator[Delivered]:
+        """Results that have come, one by one."""
+        while self._waiting:
+            yield self._waiting.popleft()
+
+    async def wait(self) -> bool:
+        """Waits for more; False when there are none. Gives the loop a turn in any case.
+
+        Raises:
+            ClosedError: They were discarded.
+        """
+        await anyio.lowlevel.checkpoint()
+        while not self._waiting:
+            if self._discarded:
+                raise ClosedError("the stream was closed while it was being read")
+            if self._closed:
+                return False
+            self._changed = anyio.Event()
+            await self._changed.wait()
+        return True
+
+    def _notify(self) -> None:
+        self._changed.set()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,93 +146,70 @@ class Job:
 
     def __init__(self, source: Any, options: EmbedOptions, parts: JobParts) -> None:
         folder = options.folder
-        self._feed = TextFeed(source)
         self.summary = Summary(save_path=str(folder) if folder is not None else None)
-        send, receive = anyio.create_memory_object_stream[tuple[Pending, EmbeddedText]](float("inf"))
-        self.results: MemoryObjectReceiveStream[tuple[Pending, EmbeddedText]] = receive
-        self._results_in: MemoryObjectSendStream[tuple[Pending, EmbeddedText]] = send
+        self.failures: list[EmbeddedText] = []
+        self.results = Results()
+        self.in_flight: dict[int, Entry] = {}
+        self._source = source
+        self._source_name: str | None = getattr(source, "name", None) if hasattr(source, "n_blank") else None
+        self._source_error: BaseException | None = None
+        self._source_ended = False
+        self._n_read = 0
+        self._feed = TextFeed(source)
         self._options = options
         self._parts = parts
         self._limits = parts.limits
         self._budget = MemoryBudget(options.max_memory_bytes)
         self.admission = AdmissionQueue(self._budget.max_bytes, self._budget.exceeded)
-        self._intake = Intake(
-            source,
-            self._feed,
-            self.admission,
-            self.summary,
-            on_skipped=self._save_skipped,
-            on_waiting=self._hasten_head,
-        )
-        self._store = (
-            JsonStore(folder, overwrite=options.overwrite, durability=options.durability)
-            if folder is not None
-            else None
-        )
-        self._delivery = Delivery(
-            self._store,
-            self.summary,
-            ordered=options.ordered,
-            on_error=options.on_error,
-            deliver=self._deliver,
-            settled=self._settled,
-            on_progress=parts.on_progress,
-        )
-        self._lookup = Lookup(
-            self._store,
-            want_vectors=parts.want_results,
-            finished=self._delivery.put,
-            priority=BULK,
-        )
+        self._store: JsonStore | None = None
+        if folder is not None:
+            self._store = JsonStore(folder, overwrite=options.overwrite, durability=options.durability)
+        self._lookup = Lookup(self._store, want_vectors=parts.want_results)
+        self._order = OrderBuffer() if options.ordered else None
+        self._unsaved: deque[Entry] = deque()
         self._model_thread = WorkerThread("asyncembed-model")
         self._stopping = anyio.CancelScope()
         self._engine: Engine | None = None
-        self._lane: Lane | None = None
-        self._before = ConsumerStatistics()
+        self._client: EngineClient | None = None
+        self._before = EncoderStatistics()
         self._ready_at: float | None = None
         self._saved_at: float | None = None
         self._has_baseline = False
         self._is_over = False
 
     def __repr__(self) -> str:
-        return f"<Job in_flight={len(self._intake.in_flight)} {self.admission!r} {self._engine!r}>"
-
-    @property
-    def failures(self) -> list[EmbeddedText]:
-        """The first thousand failed texts, each with its reason in `error`."""
-        return self._delivery.failures
+        return f"<Job in_flight={len(self.in_flight)} {self.admission!r} {self._engine!r}>"
 
     def stop(self) -> None:
-        """End soon: finish the batch in hand and save it. What is not done then is left for the next run."""
+        """Ends soon: the batch in hand is finished and saved. What is not done then is left for the next run."""
         if self._is_over:
             return
         self.summary.stopped = True
         self._stopping.cancel()
-        if self._lane is not None:
-            self._lane.stop()
+        if self._client is not None:
+            self._client.stop()
 
-    def release(self, pending: Pending) -> None:
-        """A result was delivered: its reservation ends."""
-        self._intake.release(pending)
+    def release(self, entry: Entry) -> None:
+        """An entry was delivered, or its life is over: its reservation ends. Idempotent."""
+        if self.in_flight.pop(entry.index, None) is not None:
+            self.admission.release(entry.reserved)
 
     def discard(self) -> None:
-        """Close the channels: nobody reads on. Also for a job that was cancelled before its first step."""
-        self._results_in.close()
-        self.results.close()
-        self._delivery.discard()
+        """Nobody reads on. Also for a job that was cancelled before its first step."""
+        self.results.discard()
 
     def measure(self) -> Summary:
         """The summary with all numbers as they are now."""
         summary = self.summary
-        if self._engine is not None and self._lane is not None:
+        if self._engine is not None and self._client is not None:
             done, before = self._engine.statistics(), self._before
-            summary.dropped_tokens = self._lane.chunking.dropped_tokens
-            summary.unknown_tokens = self._lane.chunking.unknown_tokens
+            summary.dropped_tokens = self._client.dropped_tokens
+            summary.unknown_tokens = self._client.unknown_tokens
             # Of a shared engine these are the batches while the job runs, whoever's rows are in them.
-            summary.batches = done.consumer.batches - before.batches
-            summary.ooms = done.consumer.ooms - before.ooms
-            useful = done.consumer.row_tokens - before.row_tokens
-            padded = done.consumer.padded_tokens - before.padded_tokens
+            summary.batches = done.encoders.batches - before.batches
+            summary.ooms = done.encoders.ooms - before.ooms
+            useful = done.encoders.row_tokens - before.row_tokens
+            padded = done.encoders.padded_tokens - before.padded_tokens
             summary.padding = round((padded - useful) / useful, 4) if useful else 0.0
             summary.token_limit = done.token_limit
         summary.others = self._lookup.n_others
@@ -251,7 +222,7 @@ class Job:
         return summary
 
     async def run(self) -> None:
-        """Do the whole job.
+        """Does the whole job.
 
         Raises:
             StoreError: The folder is locked, of another model, or cannot be written.
@@ -261,12 +232,12 @@ class Job:
         try:
             async with self._feed:
                 await self._run_with_store()
-            if self._intake.error is not None:
-                raise self._intake.error
+            if self._source_error is not None:
+                raise self._source_error
         finally:
-            self._intake.release_all()
-            self._results_in.close()
-            self._delivery.discard()
+            for entry in list(self.in_flight.values()):
+                self.release(entry)
+            self.results.close()
             await self._lookup.aclose()
             # Last, whatever ended the run: a note of a batch that was left behind would look like a death.
             await self._model_thread.aclose(self._limits.close if self._limits is not None else None)
@@ -300,7 +271,9 @@ class Job:
     async def _close_store(self, store: JsonStore, complete: bool) -> None:
         try:
             if not complete:  # what was finished is worth keeping, whatever ended the run
-                await self._delivery.save_rest()
+                rest = [*self._unsaved, *(self._client.finished_nowait() if self._client is not None else [])]
+                for start in range(0, len(rest), COMMIT_RECORDS):
+                    await store.commit([entry.record() for entry in rest[start : start + COMMIT_RECORDS]])
         except StoreError as error:
             logger.warning("the last results could not be saved: %s", error)
         finally:
@@ -332,79 +305,174 @@ class Job:
         await self._run_engine(self._new_engine(self._limits.encoder, self._limits.estimator), chunker)
 
     def _new_engine(self, encoder: Encoder, estimator: LimitEstimator) -> Engine:
-        return Engine(encoder, estimator, model_thread=self._model_thread, max_rows=self._options.batch_size)
+        max_rows = self._options.batch_size
+        return Engine(EncoderThread(encoder, estimator, thread=self._model_thread, max_rows=max_rows))
 
     async def _run_engine(self, engine: Engine, chunker: Chunker) -> None:
         options = self._options
         self._engine = engine
-        self._before = replace(engine.statistics().consumer)
-        self._lane = lane = engine.open_lane(
-            partial(_chunk, chunker),
-            Assembler(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim),
-            may_compute=lambda: self._delivery.has_room,
+        self._before = replace(engine.statistics().encoders)
+        self._client = client = engine.open_client(
+            chunker.chunk,
+            normalize=options.normalize_embeddings,
+            truncate_dim=options.truncate_dim,
+            max_unsaved=COMMIT_RECORDS,
         )
         self._budget.set_baseline(self.admission.statistics().reserved_bytes)
         self._ready_at = time.perf_counter()
         if self._parts.on_loaded is not None:
             self._parts.on_loaded()
         if self.summary.stopped:
-            lane.stop()
+            client.stop()
         async with anyio.create_task_group() as group:
             if self._parts.host is None:
                 group.start_soon(engine.run)
-            group.start_soon(self._admit_and_look_up, lane, engine.encoder.dim, chunker.chunk_size)
-            group.start_soon(self._delivery.run)
-            await lane.run()
+            group.start_soon(self._read, client, engine.encoder.dim, chunker)
+            group.start_soon(self._deliver, client)
+            await client.run()
             if self._parts.host is None:
                 engine.close()
-            self._delivery.close()
         self._is_over, self._saved_at = True, time.perf_counter()
-        if self._intake.error is None and not self._intake.reached_end and not self.summary.stopped:
+        if self._source_error is None and not self._source_ended and not self.summary.stopped:
             raise AssertionError("the stages ended before their source did: this is a bug")
         self.measure()
 
-    async def _admit_and_look_up(self, lane: Lane, dim: int, chunk_size: int) -> None:
-        """The stages before the engine: they end with the source, or at once when the job is stopped."""
-        send, receive = anyio.create_memory_object_stream[list[Pending]](0)
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    async def _read(self, client: EngineClient, dim: int, chunker: Chunker) -> None:
+        """Reads the source, admits its texts, looks them up and submits them, to the end or until it is stopped."""
         try:
-            with self._stopping, send, receive:
-                async with anyio.create_task_group() as group:
-                    group.start_soon(self._lookup.run, receive, lane)
-                    await self._intake.run(send, dim, chunk_size, self._options.chunk_overlap)
-                    send.close()
+            with self._stopping:
+                while (items := await self._next_items()) is not None:
+                    await self._admit(client, items, dim, chunker)
+        except ClosedError:
+            pass  # the client failed or was stopped, and says so itself
         finally:
-            lane.close()
+            client.close()
 
-    async def _save_skipped(self, rows: list[tuple[str | None, Rejected]]) -> None:
+    async def _next_items(self) -> Sequence[SourceItem] | None:
+        """The next items; None at the end. What the source raises is kept, and ends the reading."""
+        try:
+            return await self._feed.__anext__()
+        except StopAsyncIteration:
+            self._source_ended = True
+            return None
+        except Exception as error:
+            self._source_error = error
+            if self.in_flight:
+                logger.warning(
+                    "the input cannot be read further; finishing %s before", plural(len(self.in_flight), "text")
+                )
+            return None
+        finally:
+            blank = int(getattr(self._source, "n_blank", 0))
+            self.summary.skipped += blank - self.summary.blank
+            self.summary.blank = blank
+
+    async def _admit(self, client: EngineClient, items: Sequence[SourceItem], dim: int, chunker: Chunker) -> None:
+        """Reserves the life of each text, in groups as room comes."""
+        skipped: list[tuple[str | None, Rejected]] = []
+        group: list[Entry] = []
+        for item in items:
+            place = f"{self._source_name}:{item.line}" if self._source_name and item.line is not None else None
+            if isinstance(item, Rejected) and item.skipped:
+                skipped.append((place, item))
+                continue
+            text = item.text if isinstance(item, Text) else ""
+            reserved = life_bytes(text, dim, chunker.chunk_size, self._options.chunk_overlap)
+            if not self.admission.reserve_nowait(reserved):
+                if group:  # those before it must go on, or the room would never come
+                    await self._submit(client, group)
+                    group = []
+                self._hasten_head()
+                await self.admission.reserve(reserved)
+            entry = Entry(item, self._n_read, reserved, place)
+            self._n_read += 1
+            self.in_flight[entry.index] = entry
+            group.append(entry)
+        if skipped:
+            self.summary.skipped += len(skipped)
+            if self._store is not None:
+                await self._store.reject(skipped)
+        if group:
+            await self._submit(client, group)
+
+    async def _submit(self, client: EngineClient, group: list[Entry]) -> None:
+        works, finished = await self._lookup.look_up(client, group)
+        if finished:
+            client.pass_on(finished)
+        if works:
+            await client.submit(works)
+
+    # --- saving and delivering ----------------------------------------------------------------------------------
+
+    async def _deliver(self, client: EngineClient) -> None:
+        """Saves what is finished in micro-batches, counts it, puts it in order and hands it over, to the end.
+
+        Raises:
+            StoreError: The disk does not take it.
+            TextsFailedError: A text failed and `on_error` is `raise`.
+        """
+        while entries := await client.finished():
+            self._unsaved.extend(entries)
+            while self._unsaved:
+                await self._save([self._unsaved.popleft() for _ in range(min(COMMIT_RECORDS, len(self._unsaved)))])
+        if self._order is not None:  # of a run that was stopped, results are left whose turn never came
+            self._hand_over(self._order.rest())
+
+    async def _save(self, group: list[Entry]) -> None:
+        results = [(entry, entry.record()) for entry in group]
         if self._store is not None:
-            await self._store.reject(rows)
-
-    def _settled(self, group: Sequence[Pending]) -> None:
+            await self._store.commit([record for _, record in results])
         self._lookup.settled(group)
-        if self._lane is not None:
-            self._lane.resume()
-        has_run = self._engine is not None and self._engine.statistics().consumer.batches > 0
-        if has_run and not self._has_baseline:  # the first batch has run: what the model keeps for itself is not growth
+        self._set_baseline()
+        for entry, record in results:
+            self._count(entry, record)
+        self._hand_over(results if self._order is None else self._order.push(results))
+        if self.admission.statistics().n_waiting:
+            self._hasten_head()
+        if self._parts.on_progress is not None:
+            self._parts.on_progress()
+
+    def _count(self, entry: Entry, record: EmbeddedText) -> None:
+        summary = self.summary
+        summary.texts += 1
+        # 1. failed   2. an earlier run's   3. a repeat   4. this run's
+        if record.error is not None:
+            summary.failed += 1
+            if len(self.failures) < KEPT_FAILURES:
+                self.failures.append(record)
+            if self._options.on_error == "raise":
+                where = record.place or f"text {record.index}"
+                raise TextsFailedError(f"{where} cannot be embedded: {record.error}")
+        elif entry.cached:
+            summary.cached += 1
+        elif entry.is_duplicate:
+            summary.duplicates += 1
+        elif entry.is_computed:
+            summary.embedded += 1
+            summary.chunks += len(record.chunks)
+            summary.tokens += record.n_tokens
+        else:
+            raise AssertionError("a text was neither computed nor found: this is a bug")
+
+    def _hand_over(self, results: Sequence[Delivered]) -> None:
+        if self._parts.want_results:
+            self.results.put(results)
+            return
+        for entry, _ in results:
+            self.release(entry)
+
+    def _set_baseline(self) -> None:
+        """When the first batch has run: what the model keeps for itself is no growth."""
+        if not self._has_baseline and self._engine is not None and self._engine.statistics().encoders.batches > 0:
             self._has_baseline = True
             self._budget.set_baseline(self.admission.statistics().reserved_bytes)
 
-    def _deliver(self, pending: Pending, record: EmbeddedText) -> None:
-        if self._parts.want_results:
-            self._results_in.send_nowait((pending, record))
-        else:
-            self.release(pending)
-        if self.admission.statistics().n_waiting:
-            self._hasten_head()
-
     def _hasten_head(self) -> None:
-        """The budget is full: bring the text that ordered delivery waits for into the next batch."""
-        head = self._delivery.head
-        if head is None or self._lane is None:
+        """The budget is full: brings the text that ordered delivery waits for into the next batch."""
+        if self._order is None or self._client is None:
             return
-        pending = self._intake.in_flight.get(head)
-        if pending is not None and pending.owner is not None:
-            self._lane.hasten(pending.owner)
-
-
-def _chunk(chunker: Chunker, submissions: Sequence[Submission]) -> Sequence[ChunkedText]:
-    return chunker.chunk([(item.owner, str(item.text), item.priority) for item in submissions])
+        entry = self.in_flight.get(self._order.next_index)
+        if entry is not None and entry.work is not None:
+            self._client.hasten(entry.work)

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from asyncembed.chunking import Chunker
 from asyncembed.encoders import (
     Encoder,
     check_dim,
@@ -18,6 +17,8 @@ from asyncembed.encoders import (
     load_encoder,
     tell_chunk_size,
 )
+from asyncembed.engine.chunking import Chunker
+from asyncembed.engine.splitting import TextSplitter
 from asyncembed.errors import OptionsError
 from asyncembed.options import EmbedOptions
 from asyncembed.sinks.folder import StorePaths, make_folders, storage_errors
@@ -26,7 +27,6 @@ from asyncembed.sinks.index import index_state
 from asyncembed.sinks.journal import journal_header
 from asyncembed.sinks.lock import FolderLock
 from asyncembed.sinks.origin import check_ours
-from asyncembed.splitting import TextSplitter
 
 
 def recorded_in(folder: Path | None) -> Mapping[str, Any]:

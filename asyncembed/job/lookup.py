@@ -1,23 +1,20 @@
-"""The second stage: which texts are new, which an earlier run has saved, which repeat one of this run.
+"""Which texts of the input are new, which an earlier run has saved, and which repeat one of this run.
 
-What is under way is a `Pending` each; texts saved before are compared with what the model makes of them now.
+Texts saved before are also compared with what the model makes of them now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import compress
-from typing import Any
 
 import numpy as np
-from anyio.streams.memory import MemoryObjectReceiveStream
 
-from asyncembed.assembly import Assembled
 from asyncembed.encoders import Encoder, Instruction, Tokenizer, input_of
-from asyncembed.errors import ClosedError, CorruptRecordError, StoreMismatchError
-from asyncembed.lane import Lane, Submission
+from asyncembed.engine.scheduler import BULK
+from asyncembed.engine.work import Client, Work
+from asyncembed.errors import CorruptRecordError, StoreMismatchError
 from asyncembed.records import (
     Batch,
     Chunk,
@@ -34,8 +31,8 @@ from asyncembed.threads import WorkerThread
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
-    """A text from its reservation to its delivery.
+class Entry:
+    """An item of the input from its reservation to its delivery.
 
     Attributes:
         item: What the source gave.
@@ -43,10 +40,9 @@ class Pending:
         reserved: Bytes reserved for its life.
         place: Where it stood in the input, for messages.
         id: `text_id`, once looked up; empty for an item that is no text.
-        owner: Its number within the engine, if it went there.
-        followers: Repeats of the same text that wait for its result.
+        work: What the engine makes of it, or made; several entries of one text share it.
+        stored: What the store holds of it, if that was read.
         is_duplicate: It repeats a text that this run has computed or is computing.
-        result: What became of it.
         cached: An earlier run had saved it.
     """
 
@@ -55,10 +51,9 @@ class Pending:
     reserved: int
     place: str | None = None
     id: str = ""
-    owner: int | None = None
-    followers: list[Pending] = field(default_factory=list)
+    work: Work | None = None
+    stored: StoredText | None = None
     is_duplicate: bool = False
-    result: Assembled | StoredText | None = None
     cached: bool = False
 
     @property
@@ -66,26 +61,25 @@ class Pending:
         """The text; empty for an item that is none."""
         return self.item.text if isinstance(self.item, Text) else ""
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether this run has computed it, and nobody else is counted for that."""
+        return self.work is not None and self.work.error is None and not self.is_duplicate
+
     def record(self) -> EmbeddedText:
         """The record that is delivered and saved."""
-        result = self.result
-        known: dict[str, Any] = {"index": self.index, "key": self.item.key, "text": self.text}
-        # 1. no text at all   2. saved already, and its vector was not asked for   3. read back, or computed
-        if isinstance(self.item, Rejected):
-            return EmbeddedText(id="", **known, embedding=None, error=self.item.reason, place=self.place)
-        if result is None:
-            return EmbeddedText(id=self.id, **known, embedding=None, cached=self.cached)
-        error = result.error if isinstance(result, Assembled) else None
-        return EmbeddedText(
-            id=self.id,
-            **known,
-            embedding=result.embedding,
-            chunks=result.chunks,
-            n_tokens=result.n_tokens,
-            error=error,
-            cached=self.cached,
-            place=self.place if error is not None else None,
-        )
+        item, work, stored = self.item, self.work, self.stored
+        # 1. no text at all   2. computed, or failed   3. read back   4. saved, and its vector was not asked for
+        if isinstance(item, Rejected):
+            return EmbeddedText("", self.index, item.key, "", None, error=item.reason, place=self.place)
+        known = (self.id, self.index, item.key, item.text)
+        if work is not None and work.error is not None:
+            return EmbeddedText(*known, None, error=work.error, place=self.place)
+        if work is not None:
+            return EmbeddedText(*known, work.embedding, work.pieces(), work.n_tokens)
+        if stored is not None:
+            return EmbeddedText(*known, stored.embedding, stored.chunks, stored.n_tokens, cached=self.cached)
+        return EmbeddedText(*known, None, cached=self.cached)
 
 
 MIN_COSINE = 0.9999
@@ -136,7 +130,7 @@ def _row_of(tokenizer: Tokenizer, instruction: Instruction, n_prompt: int, chunk
     end = len(found.ids) - found.n_suffix
     ids = np.concatenate((found.ids[: end - n_dropped], found.ids[end:]))
     how = (instruction.prompt, instruction.task, n_dropped > 0)
-    return Chunk(0, 0, chunk.text, 0, ids, chunk.n_tokens, 0, *how)
+    return Chunk(None, 0, chunk.text, 0, ids, chunk.n_tokens, *how)
 
 
 def check_folder(folder: str, encoder: Encoder, instruction: Instruction, texts: Iterable[StoredText]) -> None:
@@ -171,26 +165,22 @@ MOST_COUNTED = 1_000_000
 
 
 class Lookup:
-    """Hands new texts to the engine and passes all others on.
+    """Tells new texts from those that are saved and those that repeat another.
 
     Identical texts are computed once: while the first is under way the others wait for its result; afterwards they
     are read from the store. Without a store only texts under way are shared: an endless stream must not grow a set.
     """
 
-    def __init__(
-        self, store: JsonStore | None, *, want_vectors: bool, finished: Callable[[Pending], None], priority: int = 0
-    ) -> None:
+    def __init__(self, store: JsonStore | None, *, want_vectors: bool) -> None:
         self._store = store
-        self._priority = priority
         self._want_vectors = want_vectors
-        self._finished = finished
-        self._leaders: dict[str, Pending] = {}
+        self._first: dict[str, Entry] = {}  # of each text under way the entry that is computed
         self._settled_meanwhile: set[str] = set()
         self._found = DigestSet()  # texts of the input that an earlier run has saved
         self._thread = WorkerThread("asyncembed-lookup")
 
     def __repr__(self) -> str:
-        return f"<Lookup under_way={len(self._leaders)}>"
+        return f"<Lookup under_way={len(self._first)}>"
 
     @property
     def n_others(self) -> int | None:
@@ -199,119 +189,88 @@ class Lookup:
             return None
         return self._store.n_done - len(self._found)
 
-    async def run(self, admitted: MemoryObjectReceiveStream[list[Pending]], lane: Lane) -> None:
-        """Look up all that is admitted, to the end of the stream."""
-        async for group in admitted:
-            self._settled_meanwhile.clear()
-            done = await self._thread.run(self._identify, group)
-            new, saved = self._sort(group, done, await self._saved_by_this_run(group))
-            if saved:
-                new += await self._read_saved(saved)
-            if new:
-                try:
-                    await lane.submit([self._submission(pending, lane) for pending in new])
-                except ClosedError:
-                    return  # it failed or was stopped, and says so itself
+    async def look_up(self, client: Client, group: Sequence[Entry]) -> tuple[list[Work], list[Entry]]:
+        """The texts that must be computed, and the entries that are finished. All others wait for one under way."""
+        self._settled_meanwhile.clear()
+        done = await self._thread.run(self._identify, group)
+        new, saved, finished = self._sort(client, group, done, await self._written(group))
+        if saved and self._store is not None and self._want_vectors:
+            stored = await self._store.read_many([entry.id for entry in saved])
+            for entry, found in zip(saved, stored, strict=True):
+                if isinstance(found, CorruptRecordError):  # new again
+                    entry.cached = entry.is_duplicate = False
+                    self._join(client, entry, new, finished)
+                else:
+                    entry.stored = found
+                    finished.append(entry)
+        else:
+            finished += saved
+        return new, finished
 
-    def settled(self, group: Sequence[Pending]) -> None:
+    def settled(self, group: Iterable[Entry]) -> None:
         """These were saved, or there is no store: nobody needs to wait for them any more."""
-        for pending in group:
-            if self._leaders.get(pending.id) is pending:
-                del self._leaders[pending.id]
-        self._settled_meanwhile.update(pending.id for pending in group if _is_new(pending))
+        for entry in group:
+            if self._first.get(entry.id) is entry:
+                del self._first[entry.id]
+            if entry.is_computed:
+                self._settled_meanwhile.add(entry.id)
 
     async def aclose(self) -> None:
-        """End the thread."""
+        """Ends the thread."""
         await self._thread.aclose()
 
-    def _identify(self, group: Sequence[Pending]) -> list[bool]:
-        """In the thread: give each text its id, and find out whether an earlier run has saved it."""
-        for pending in group:
-            if not isinstance(pending.item, Rejected):
-                pending.id = text_id(pending.text)
+    def _identify(self, group: Sequence[Entry]) -> list[bool]:
+        """In the thread: gives each text its id, and finds out whether an earlier run has saved it."""
+        for entry in group:
+            if isinstance(entry.item, Text):
+                entry.id = text_id(entry.item.text)
         if self._store is None:
             return [False] * len(group)
-        texts = [pending.id for pending in group if pending.id]
+        texts = [entry.id for entry in group if entry.id]
         done = self._store.done_before(texts)
         if self.n_others is not None:
             self._found.add_many(list(compress(texts, done)))
         found = iter(done)
-        return [next(found) if pending.id else False for pending in group]
+        return [next(found) if entry.id else False for entry in group]
 
-    def _sort(
-        self, group: Sequence[Pending], done: Sequence[bool], saved_now: Sequence[bool]
-    ) -> tuple[list[Pending], list[Pending]]:
-        """Those to compute and those to read back; all others are finished, or wait for another."""
-        new: list[Pending] = []
-        saved: list[Pending] = []
-        for pending, is_done, is_saved_now in zip(group, done, saved_now, strict=True):
-            # 1. no text at all   2. saved by an earlier run   3. repeats one under way
-            # 4. repeats one that this run has saved   5. new
-            if isinstance(pending.item, Rejected):
-                self._finished(pending)
-            elif is_done and pending.id not in self._leaders:
-                pending.cached = True
-                saved.append(pending)
-            elif (leader := self._leaders.get(pending.id)) is not None:
-                pending.is_duplicate = True
-                self._follow(leader, pending)
-            elif is_saved_now:
-                pending.is_duplicate = True
-                saved.append(pending)
-            else:
-                self._leaders[pending.id] = pending
-                new.append(pending)
-        return new, saved
-
-    async def _saved_by_this_run(self, group: Sequence[Pending]) -> list[bool]:
-        """Asked in the store's thread, which knows what it has written; what was settled while it was asked counts."""
+    async def _written(self, group: Sequence[Entry]) -> list[bool]:
+        """Which texts this run has saved, as the store's thread knows; what was settled while it was asked counts."""
         if self._store is None:
             return [False] * len(group)
-        found = iter(await self._store.written_many([pending.id for pending in group if pending.id]))
-        return [(next(found) or pending.id in self._settled_meanwhile) if pending.id else False for pending in group]
+        found = iter(await self._store.written_many([entry.id for entry in group if entry.id]))
+        return [(next(found) or entry.id in self._settled_meanwhile) if entry.id else False for entry in group]
 
-    def _follow(self, leader: Pending, pending: Pending) -> None:
-        if leader.result is None:
-            leader.followers.append(pending)
-        else:
-            pending.result = leader.result
-            self._finished(pending)
-
-    async def _read_saved(self, saved: list[Pending]) -> list[Pending]:
-        """Finish saved texts, with their vectors if those are wanted; those whose file is damaged are new again."""
-        if self._store is None:
-            raise AssertionError("a text is saved, but there is no store: this is a bug")
-        if not self._want_vectors:
-            for pending in saved:
-                self._finished(pending)
-            return []
-        damaged: list[Pending] = []
-        for pending, stored in zip(saved, await self._store.read_many([p.id for p in saved]), strict=True):
-            if not isinstance(stored, CorruptRecordError):
-                pending.result = stored
-                self._finished(pending)
-                continue
-            pending.cached = pending.is_duplicate = False
-            if (leader := self._leaders.setdefault(pending.id, pending)) is pending:
-                damaged.append(pending)
+    def _sort(
+        self, client: Client, group: Sequence[Entry], done: Sequence[bool], written: Sequence[bool]
+    ) -> tuple[list[Work], list[Entry], list[Entry]]:
+        """Those to compute, those to read back, and those that are finished."""
+        new: list[Work] = []
+        saved: list[Entry] = []
+        finished: list[Entry] = []
+        for entry, is_done, is_written in zip(group, done, written, strict=True):
+            # 1. no text at all   2. repeats one under way   3. saved by an earlier run
+            # 4. repeats one that this run has saved   5. new
+            if not entry.id:
+                finished.append(entry)
+            elif entry.id in self._first:
+                self._join(client, entry, new, finished)
+            elif is_done or is_written:
+                entry.cached, entry.is_duplicate = is_done, not is_done
+                saved.append(entry)
             else:
-                pending.is_duplicate = True
-                self._follow(leader, pending)
-        return damaged
+                self._join(client, entry, new, finished)
+        return new, saved, finished
 
-    def _submission(self, pending: Pending, lane: Lane) -> Submission:
-        pending.owner = lane.new_owner()
-        return Submission(pending.owner, pending.text, partial(self._computed, pending), self._priority)
-
-    def _computed(self, pending: Pending, result: Assembled) -> None:
-        pending.result = result
-        self._finished(pending)
-        followers, pending.followers = pending.followers, []
-        for follower in followers:
-            follower.result = result
-            self._finished(follower)
-
-
-def _is_new(pending: Pending) -> bool:
-    result = pending.result
-    return not pending.is_duplicate and isinstance(result, Assembled) and result.error is None
+    def _join(self, client: Client, entry: Entry, new: list[Work], finished: list[Entry]) -> None:
+        """A text to compute, or one more that waits for the first of the same text."""
+        first = self._first.setdefault(entry.id, entry)
+        if first is entry:
+            entry.work = Work(client, entry.text, BULK)
+            entry.work.waiters.append(entry)
+            new.append(entry.work)
+            return
+        entry.is_duplicate, entry.work = True, first.work
+        if first.work is not None and first.work.is_pending:
+            first.work.waiters.append(entry)
+        else:
+            finished.append(entry)

@@ -19,9 +19,9 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from asyncembed.assembly import normalized
 from asyncembed.embedder import CountedVectors, Kind
 from asyncembed.encoders import FloatMatrix
+from asyncembed.engine.work import normalized
 from asyncembed.records import AnyText, TokenText
 from asyncembed.server.settings import ServerSettings
 

@@ -59,7 +59,7 @@ def test_a_sample_is_fair_and_the_same_each_time() -> None:
         sample = Sample(100)
         for first in range(0, 10_000, 10):
             sample.add(Chunk(owner, 0, "", 0, IDS, 3) for owner in range(first, first + 10))
-        return [chunk.owner for chunk in sample.chunks]
+        return [chunk.work for chunk in sample.chunks]
 
     owners = sampled()
     assert len(owners) == 100

@@ -3,31 +3,81 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from asyncembed.encoders.base import FloatMatrix, Tokenized, Tokenizer
+from asyncembed.engine.heap import ChunkHeap
+from asyncembed.engine.work import Client, Work
 from asyncembed.records import Batch, Chunk
 
 _IDS = np.arange(1, 4097, dtype=np.int32)
 
 
-def chunk(length: int, *, owner: int = 0, ordinal: int = 0, priority: int = 0, n_tokens: int | None = None) -> Chunk:
-    """A chunk of `length` tokens."""
-    weight = max(1, length - 2) if n_tokens is None else n_tokens
-    return Chunk(owner, ordinal, f"text {owner}", 0, _IDS[:length], weight, priority)
+NOBODY = Client()
+"""Whose texts they are before a `Heap` or a `Bench` takes them."""
 
 
-def chunks(lengths: Sequence[int], *, priority: int = 0) -> list[Chunk]:
-    """Chunks of as many texts, numbered from 0."""
-    return [chunk(length, owner=owner, priority=priority) for owner, length in enumerate(lengths)]
+def work(
+    *lengths: int, owner: int = 0, priority: int = 0, client: Client = NOBODY, weights: Sequence[int] = ()
+) -> Work:
+    """A text, named by a number, of chunks of so many tokens each."""
+    made = Work(client, str(owner), priority)
+    made.waiters.append(made)
+    weights = weights or [max(1, length - 2) for length in lengths]
+    made.chunks = tuple(
+        Chunk(made, number, f"text {owner}", 0, _IDS[:length], weight)
+        for number, (length, weight) in enumerate(zip(lengths, weights, strict=True))
+    )
+    made.expect()
+    return made
+
+
+def works(lengths: Sequence[int], *, priority: int = 0, client: Client = NOBODY) -> list[Work]:
+    """As many texts of one chunk, numbered from 0."""
+    return [work(length, owner=owner, priority=priority, client=client) for owner, length in enumerate(lengths)]
+
+
+def chunk(length: int) -> Chunk:
+    """The chunk of a text."""
+    return work(length).chunks[0]
+
+
+def chunks(lengths: Sequence[int]) -> list[Chunk]:
+    """The chunks of as many texts, numbered from 0."""
+    return [made.chunks[0] for made in works(lengths)]
+
+
+def owner_of(item: Chunk) -> int:
+    """The number of a chunk's text."""
+    return int(item.work.text)
+
+
+def owners(batch: Batch) -> set[int]:
+    """The numbers of the texts in a batch."""
+    return set(map(owner_of, batch.chunks))
+
+
+class Heap(ChunkHeap):
+    """A heap with a client whose texts they are, unless they have one."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.client = Client()
+
+    def push(self, works: Iterable[Work]) -> None:
+        pushed = list(works)
+        for one in pushed:
+            if one.client is NOBODY:
+                one.client = self.client
+        super().push(pushed)
 
 
 def vector_of(item: Chunk) -> np.ndarray:
     """What `FakeEncoder` makes of a chunk: no two chunks of a test have the same."""
-    return np.array([item.owner + 1, item.ordinal + 1, item.length], np.float32)
+    return np.array([owner_of(item) + 1, item.ordinal + 1, item.length], np.float32)
 
 
 class FakeEncoder:

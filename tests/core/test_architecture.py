@@ -22,19 +22,15 @@ ROOMS = [
     ["server"],
     ["cli"],
     ["generator", "langchain"],
-    ["steps", "loop_thread"],
+    ["steps"],
     ["stream"],
-    ["job", "embedder_thread"],
+    ["job"],
     ["embedder"],
     ["engine"],
-    ["lane"],
     ["sources", "sinks"],
     ["admission"],
-    ["chunking"],
-    ["splitting"],
-    ["consumer", "remembering"],
-    ["scheduler", "limits", "assembly"],
-    ["heap"],
+    ["remembering"],
+    ["limits"],
     ["encoders"],
     ["cache", "memory", "threads"],
     ["records", "iterables"],
@@ -56,6 +52,7 @@ EXCEPTIONS = {
     ("sources/pull.py", "create_task"): "the puller of an async source: kept, awaited and cancelled by its owner",
     ("sinks/json_store.py", "ensure_future"): "a commit outlives the cancellation of the task that waits for it",
     ("cli/run.py", "create_task"): "the way out while the model is being loaded: kept, and ends with the process",
+    ("threads.py", "new_event_loop"): "the loop of a thread of its own: closed there",
     ("cli/console.py", "print"): "the program's output",
 }
 
@@ -130,10 +127,9 @@ def test_imports_go_down_the_list_only(path: Path) -> None:
 
 def test_imports_of_one_line_or_going_up_are_seen() -> None:
     """The test above can fail."""
-    heap = PACKAGE / "heap.py"
-    assert upward(heap, {"asyncembed.engine", "asyncembed.limits", "asyncembed.records"}) == [
-        "asyncembed.engine",
-        "asyncembed.limits",
+    limits = PACKAGE / "limits.py"
+    assert upward(limits, {"asyncembed.engine.heap", "asyncembed.limits", "asyncembed.records"}) == [
+        "asyncembed.engine.heap",
     ]
 
 
@@ -190,7 +186,7 @@ def test_exceptions_are_still_needed(module: str, name: str) -> None:
     assert name in calls(ast.parse((PACKAGE / module).read_text()))
 
 
-MOST_LINES, MOST_FILES = 19_100, 103
+MOST_LINES, MOST_FILES = 18_880, 101
 """The package may shrink; whoever makes it grow raises these, and says in the commit who needs what was added."""
 
 

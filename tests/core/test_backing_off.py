@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncembed import embed_stream
-from asyncembed.chunking import ChunkedText, Chunker, chunk_backing_off
 from asyncembed.encoders import Tokenized
+from asyncembed.engine.chunking import Chunker, chunk_backing_off
+from asyncembed.engine.work import Client, Work
 from tests.fakes import FakeEncoder, WordTokenizer
 
 
@@ -41,17 +42,16 @@ def chunker_with(tokenizer: NarrowTokenizer) -> Chunker:
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), room=st.integers(1, 200))
 def test_chunk_backing_off_only_texts_that_do_not_fit_alone_fail(lengths: list[int], room: int) -> None:
     tokenizer = NarrowTokenizer(room)
-    texts = [(owner, "a" * length, 0) for owner, length in enumerate(lengths)]
-    results = chunk_backing_off(chunker_with(tokenizer).chunk, texts)
-    assert len(results) == len(texts)
-    for (owner, text, _), result in zip(texts, results, strict=True):
-        if len(text) > room:
-            assert result.error is not None
-            assert "does not fit into memory" in result.error
+    works = [Work(Client(), "a" * length) for length in lengths]
+    chunk_backing_off(chunker_with(tokenizer).chunk, works)
+    for work in works:
+        if len(work.text) > room:
+            assert work.error is not None
+            assert "does not fit into memory" in work.error
         else:
-            assert result.error is None
-            assert [chunk.owner for chunk in result.chunks] == [owner]
-    assert len(tokenizer.sizes) <= 3 * len(texts)  # halves, and each once more alone at most
+            assert work.error is None
+            assert [chunk.work for chunk in work.chunks] == [work]
+    assert len(tokenizer.sizes) <= 3 * len(works)  # halves, and each once more alone at most
 
 
 def test_chunk_backing_off_memory_that_comes_back_fails_nothing() -> None:
@@ -72,15 +72,17 @@ def test_chunk_backing_off_memory_that_comes_back_fails_nothing() -> None:
             raise Relenting() from None
 
     tokenizer.tokenize = tokenize  # type: ignore[method-assign]  # the memory changes between two calls
-    assert [result.error for result in chunk_backing_off(chunker.chunk, [(0, "a b c", 0)])] == [None]
+    work = Work(Client(), "a b c")
+    chunk_backing_off(chunker.chunk, [work])
+    assert work.error is None
 
 
 def test_chunk_backing_off_another_error_is_not_hidden() -> None:
-    def broken(_: Sequence[str]) -> list[ChunkedText]:
+    def broken(_: Sequence[Work]) -> None:
         raise KeyError("a bug")
 
     with pytest.raises(KeyError, match="a bug"):
-        chunk_backing_off(broken, ["a", "b"])
+        chunk_backing_off(broken, [Work(Client(), "a"), Work(Client(), "b")])
 
 
 async def test_job_memory_that_runs_out_in_the_tokenizer_fails_the_large_text_alone(no_leftovers: None) -> None:

@@ -17,13 +17,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from langchain_text_splitters import CharacterTextSplitter, RecursiveCharacterTextSplitter
 
-from asyncembed import splitting
-from asyncembed.chunking import ChunkedText, Chunker, TokenCounter
 from asyncembed.encoders.base import Tokenized
 from asyncembed.encoders.tokenizers import FastTokenizer
+from asyncembed.engine import splitting
+from asyncembed.engine.chunking import Chunker
+from asyncembed.engine.splitting import HEAD_SECTIONS, SECTION_CHARS, TokenCounter, sections
+from asyncembed.engine.work import Client, Work
 from asyncembed.errors import OptionsError
 from asyncembed.options import LongTexts
-from asyncembed.splitting import HEAD_SECTIONS, SECTION_CHARS, sections
 from asyncembed.wording import plural
 
 from .minilm import MAX_TOKENS, N_SPECIAL, chunker, fast_tokenizer, rust_tokenizer
@@ -45,9 +46,14 @@ _words = st.one_of(
 _texts = st.lists(_words, max_size=60).flatmap(lambda words: st.sampled_from([" ".join(words), "".join(words)]))
 
 
-def chunk_one(made_by: Chunker, text: str) -> ChunkedText:
-    (result,) = made_by.chunk([(5, text, 2)])
-    return result
+def chunk_all(made_by: Chunker, texts: Sequence[str]) -> list[Work]:
+    works = [Work(Client(), text) for text in texts]
+    made_by.chunk(works)
+    return works
+
+
+def chunk_one(made_by: Chunker, text: str) -> Work:
+    return chunk_all(made_by, [text])[0]
 
 
 def own_ids(text: str) -> list[int]:
@@ -73,7 +79,7 @@ def test_chunk_text_that_fits_is_one_chunk_with_the_tokenizers_ids(text: str) ->
         return
     (only,) = result.chunks
     assert only.ids.tolist() == own_ids(text)
-    assert (only.text, only.start, only.owner, only.ordinal, only.priority) == (text, 0, 5, 0, 2)
+    assert (only.text, only.start, only.work, only.ordinal) == (text, 0, result, 0)
     assert only.n_tokens == result.n_tokens == len(only.ids) - N_SPECIAL
     assert result.dropped_tokens == 0
 
@@ -87,18 +93,18 @@ def test_chunk_text_at_the_edge_is_one_chunk_if_it_fits(n_words: int) -> None:
 
 def test_chunk_micro_batch_gives_one_result_each_in_order() -> None:
     texts = ["one", "", SENTENCE * 30, "two"]
-    results = chunker().chunk([(number, text, 0) for number, text in enumerate(texts)])
+    results = chunk_all(chunker(), texts)
     assert [len(result.chunks) for result in results] == [1, 0, len(results[2].chunks), 1]
     assert len(results[2].chunks) > 1
-    for number, result in enumerate(results):
-        assert [piece.owner for piece in result.chunks] == [number] * len(result.chunks)
+    for result in results:
+        assert [piece.work for piece in result.chunks] == [result] * len(result.chunks)
         assert [piece.ordinal for piece in result.chunks] == list(range(len(result.chunks)))
 
 
 # --- long texts ---
 
 
-def check_split(result: ChunkedText, text: str, max_tokens: int) -> None:
+def check_split(result: Work, text: str, max_tokens: int) -> None:
     """Chunks fit, stand where they say, and what lies between them or in two of them has no tokens."""
     end = 0
     for piece in result.chunks:
@@ -276,12 +282,13 @@ def test_chunk_prompt_that_grows_into_the_text_does_not_lose_it() -> None:
 @pytest.mark.parametrize("prompt", ["", "query: "])
 @pytest.mark.parametrize("text", ["", " ", "\n\t \u3000", "\u200b", "\x00\x01"])
 def test_chunk_blank_text_fails(text: str, prompt: str) -> None:
-    assert chunk_one(chunker(prompt=prompt), text) == ChunkedText(error="the text has no tokens")
+    result = chunk_one(chunker(prompt=prompt), text)
+    assert (result.chunks, result.n_tokens, result.error) == ((), 0, "the text has no tokens")
 
 
 def test_chunk_lone_surrogate_fails_alone_and_its_neighbours_pass() -> None:
     texts = ["before", "a \ud83d b", "after", "\udc00", SENTENCE * 30]
-    results = chunker().chunk([(number, text, 0) for number, text in enumerate(texts)])
+    results = chunk_all(chunker(), texts)
     reason = "the text holds a lone surrogate, which no tokenizer takes"
     assert [result.error for result in results] == [None, reason, None, reason, None]
     assert results[0].chunks[0].ids.tolist() == own_ids("before")
@@ -431,7 +438,7 @@ def test_fingerprint_equal_settings_agree_and_each_setting_counts() -> None:
 _FINGERPRINT_SCRIPT = """
 import json, sys
 from langchain_text_splitters import RecursiveCharacterTextSplitter
-from asyncembed.chunking import TokenCounter
+from asyncembed.engine.splitting import TokenCounter
 from tests.core.minilm import chunker, fast_tokenizer
 splitter = RecursiveCharacterTextSplitter(
     chunk_size=100, chunk_overlap=9, length_function=TokenCounter(fast_tokenizer())
@@ -464,7 +471,7 @@ ENDLESS = 3 * SECTION_CHARS
 @pytest.mark.parametrize("text", ["x" * ENDLESS, "x" * (ENDLESS + 50), "数" * ENDLESS, "x" * ENDLESS + " \n" * ENDLESS])
 def test_chunk_endless_text_of_unknown_tokens_fails_with_that_reason(text: str, long_texts: LongTexts) -> None:
     """Also where a section's rest would be short enough to look like a word that is known."""
-    found = chunker(long_texts=long_texts).chunk([(0, text, 0)])[0]
+    found = chunk_one(chunker(long_texts=long_texts), text)
     assert found.error is not None
     assert "knows none" in found.error
     assert found.unknown_tokens > 0
@@ -473,13 +480,13 @@ def test_chunk_endless_text_of_unknown_tokens_fails_with_that_reason(text: str, 
 @pytest.mark.parametrize("long_texts", get_args(LongTexts))
 @pytest.mark.parametrize("text", [" " * ENDLESS, "\n\t" * ENDLESS, "\x01" * ENDLESS, "\0 " * ENDLESS])
 def test_chunk_endless_text_without_tokens_fails_with_that_reason(text: str, long_texts: LongTexts) -> None:
-    assert chunker(long_texts=long_texts).chunk([(0, text, 0)])[0].error == "the text has no tokens"
+    assert chunk_one(chunker(long_texts=long_texts), text).error == "the text has no tokens"
 
 
 @pytest.mark.parametrize("long_texts", get_args(LongTexts))
 def test_chunk_words_after_megabytes_of_blanks_are_found(long_texts: LongTexts) -> None:
-    found = chunker(long_texts=long_texts).chunk([(0, " " * 20 * SECTION_CHARS + "a heron on the river", 0)])[0]
-    alone = chunker().chunk([(0, "a heron on the river", 0)])[0]
+    found = chunk_one(chunker(long_texts=long_texts), " " * 20 * SECTION_CHARS + "a heron on the river")
+    alone = chunk_one(chunker(), "a heron on the river")
     assert found.error is None
     assert [ids for chunk in found.chunks for ids in chunk.ids] == [ids for chunk in alone.chunks for ids in chunk.ids]
 
@@ -493,7 +500,7 @@ def test_chunk_truncated_endless_word_after_known_ones_is_never_tokenised_as_a_w
             return super().tokenize(texts)
 
     tokenizer = Watched(rust_tokenizer(), "[UNK]")
-    found = Chunker(tokenizer, 256, long_texts="truncate").chunk([(0, "a heron " + "x" * 40 * SECTION_CHARS, 0)])[0]
+    found = chunk_one(Chunker(tokenizer, 256, long_texts="truncate"), "a heron " + "x" * 40 * SECTION_CHARS)
     assert found.error is None
     assert found.dropped_tokens == 24  # of the 40 parts of the word, those behind the first million characters
     assert max(lengths) <= (HEAD_SECTIONS + 1) * SECTION_CHARS

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from asyncembed.heap import BATCH_OVERHEAD, BESIDE, FORCED_EVERY, ChunkHeap, best_run, last_run, shared_run
-from asyncembed.lane import WINDOW_BATCHES, WINDOW_CHUNKS
-from asyncembed.records import OWNERS_PER_LANE, Batch, Chunk, lane_of
+from asyncembed.engine.client import WINDOW_BATCHES, WINDOW_CHUNKS
+from asyncembed.engine.heap import BATCH_OVERHEAD, BESIDE, FORCED_EVERY, best_run, last_run, shared_run
+from asyncembed.engine.work import Client, Work
+from asyncembed.records import Batch, Chunk
 
-from .fakes import chunk, chunks
+from .fakes import Heap, chunks, owner_of, owners, work, works
 
 _lengths = st.integers(1, 300)
 _limits = st.integers(1, 2000)
@@ -32,7 +33,7 @@ def check_size(batch: Batch, limit: int, max_rows: int | None) -> None:
     assert max_rows is None or len(batch.chunks) <= max_rows
 
 
-def drain(heap: ChunkHeap, limit: int, max_rows: int | None = None) -> list[Batch]:
+def drain(heap: Heap, limit: int, max_rows: int | None = None) -> list[Batch]:
     batches = []
     while (batch := heap.take(limit, max_rows)) is not None:
         check_size(batch, limit, max_rows)
@@ -43,17 +44,19 @@ def drain(heap: ChunkHeap, limit: int, max_rows: int | None = None) -> list[Batc
 class HeapAgainstDict(RuleBasedStateMachine):
     """Whatever is done with the heap, it holds what a dictionary would."""
 
-    @initialize(max_age=st.integers(1, 5), prompt_below=st.sampled_from([0, 2]))
-    def begin(self, max_age: int, prompt_below: int) -> None:
-        self.heap = ChunkHeap(max_age, prompt_below=prompt_below)
+    @initialize(max_age=st.integers(1, 5), interactive_below=st.sampled_from([0, 2]))
+    def begin(self, max_age: int, interactive_below: int) -> None:
+        self.heap = Heap(max_age, interactive_below=interactive_below)
         self.waiting: dict[int, Chunk] = {}
+        self.all: list[Work] = []
         self.out: list[Batch] = []
 
     @rule(rows=st.lists(st.tuples(_lengths, st.integers(0, 3), st.integers(0, 5)), max_size=30))
     def push(self, rows: list[tuple[int, int, int]]) -> None:
-        pushed = [chunk(length, owner=owner, priority=priority) for length, priority, owner in rows]
+        pushed = [work(length, owner=owner, priority=priority) for length, priority, owner in rows]
         self.heap.push(pushed)
-        self.waiting.update({id(item): item for item in pushed})
+        self.all += pushed
+        self.waiting.update({id(one.chunks[0]): one.chunks[0] for one in pushed})
 
     @rule(limit=_limits, max_rows=_rows, share=st.none() | st.integers(1, 500))
     def take(self, limit: int, max_rows: int | None, share: int | None) -> None:
@@ -76,19 +79,25 @@ class HeapAgainstDict(RuleBasedStateMachine):
 
     @rule(owner=st.integers(0, 5))
     def discard(self, owner: int) -> None:
-        gone = [key for key, item in self.waiting.items() if item.owner == owner]
-        assert self.heap.discard(owner) == len(gone)
+        gone = [key for key, item in self.waiting.items() if owner_of(item) == owner]
+        assert self.heap.discard([one for one in self.all if one.text == str(owner)]) == len(gone)
         for key in gone:
             del self.waiting[key]
 
     @rule(owner=st.integers(0, 5))
     def hasten(self, owner: int) -> None:
-        mine = [item for item in self.waiting.values() if item.owner == owner]
-        assert self.heap.hasten(owner) == bool(mine)
+        mine = [item for item in self.waiting.values() if owner_of(item) == owner]
+        assert [self.heap.hasten(item.work) for item in mine] == [True] * len(mine)
+
+    @rule(item=st.data(), priority=st.integers(0, 3))
+    def reprioritise(self, item: st.DataObject, priority: int) -> None:
+        if self.all:
+            one = item.draw(st.sampled_from(self.all))
+            assert self.heap.reprioritise(one, priority) == (id(one.chunks[0]) in self.waiting)
 
     @rule()
     def drain(self) -> None:
-        self.heap.drain()
+        self.heap.client.is_draining = True
 
     @rule()
     def clear(self) -> None:
@@ -114,19 +123,19 @@ TestHeapAgainstDict.settings = settings(max_examples=150, stateful_step_count=30
 
 @given(lengths=st.lists(_lengths, min_size=1, max_size=200), limit=_limits, max_rows=_rows)
 def test_take_until_empty_gives_every_chunk_once(lengths: list[int], limit: int, max_rows: int | None) -> None:
-    heap, pushed = ChunkHeap(), chunks(lengths)
+    heap, pushed = Heap(), works(lengths)
     heap.push(pushed)
     taken = [item for batch in drain(heap, limit, max_rows) for item in batch.chunks]
-    assert Counter(map(id, taken)) == Counter(map(id, pushed))
+    assert Counter(map(id, taken)) == Counter(id(one.chunks[0]) for one in pushed)
 
 
 def test_take_empty_heap_is_none() -> None:
-    assert ChunkHeap().take(100) is None
+    assert Heap().take(100) is None
 
 
 def test_take_chunk_above_the_limit_goes_alone() -> None:
-    heap = ChunkHeap()
-    heap.push(chunks([50, 50, 3, 3]))
+    heap = Heap()
+    heap.push(works([50, 50, 3, 3]))
     assert sorted(len(batch.chunks) for batch in drain(heap, 10)) == [1, 1, 2]
 
 
@@ -218,13 +227,13 @@ def test_shared_run_is_a_part_of_the_cheapest_division(
 
 def longest_wait(rounds: list[list[tuple[int, int]]], window: int, limit: int, max_age: int) -> int:
     """Batches that any chunk waited, taken or not, when each round pushes what the window has room for."""
-    heap, born, worst, n_batches = ChunkHeap(max_age), dict[int, int](), 0, 0
-    kept: list[Chunk] = []
+    heap, born, worst, n_batches = Heap(max_age), dict[int, int](), 0, 0
+    kept: list[Work] = []
     for pushes in rounds:
-        fresh = [chunk(length, priority=priority) for length, priority in pushes[: window - len(heap)]]
+        fresh = [work(length, priority=priority) for length, priority in pushes[: window - len(heap)]]
         kept += fresh
         heap.push(fresh)
-        born.update({id(item): n_batches for item in fresh})
+        born.update({id(one.chunks[0]): n_batches for one in fresh})
         batch = heap.take(limit)
         if batch is not None:
             n_batches += 1
@@ -257,41 +266,41 @@ def test_take_flood_of_others_odd_one_comes_out_in_time(flood: tuple[int, int], 
 
 def test_put_back_chunk_keeps_its_age() -> None:
     max_age = 3
-    heap, old = ChunkHeap(max_age), chunk(15, owner=1000)
+    heap, old = Heap(max_age), work(15, owner=1000)
     heap.push([old])
     for _ in range(max_age):
         taken = heap.take(40)
         assert taken is not None
         heap.put_back(taken)
-    heap.push(chunks([10] * 20))
+    heap.push(works([10] * 20))
     batch = heap.take(40)
     assert batch is not None
-    assert old in batch.chunks
+    assert old.chunks[0] in batch.chunks
 
 
 def test_put_back_rows_keep_their_own_ages() -> None:
-    heap = ChunkHeap(prompt_below=10)
-    heap.push([chunk(10, owner=1)])
-    heap.push([chunk(30, owner=2)])
-    heap.push([chunk(10, owner=3)])
+    heap = Heap(interactive_below=10)
+    heap.push([work(10, owner=1)])
+    heap.push([work(30, owner=2)])
+    heap.push([work(10, owner=3)])
     batch = heap.take(80)
     assert batch is not None
-    assert [item.owner for item in batch.chunks] == [1, 3]  # alike in length
+    assert [owner_of(item) for item in batch.chunks] == [1, 3]  # alike in length
     heap.put_back(batch)
     singles = [heap.take(30, max_rows=1) for _ in range(3)]
-    assert [item.owner for single in singles if single for item in single.chunks] == [1, 2, 3]
+    assert [owner_of(item) for single in singles if single for item in single.chunks] == [1, 2, 3]
 
 
 def test_put_back_last_batch_gives_the_forced_turn_back() -> None:
-    heap = ChunkHeap(max_age=2)
-    heap.push([chunk(90, owner=99, priority=10)])
+    heap = Heap(max_age=2)
+    heap.push([work(90, owner=99, priority=10)])
     for owner in range(200):
-        heap.push([chunk(10, owner=owner)])
+        heap.push([work(10, owner=owner)])
         batch = heap.take(100)
         assert batch is not None
         if owner < 150:
             heap.put_back(batch)  # something urgent always comes before it has begun
-        elif any(item.owner == 99 for item in batch.chunks):
+        elif any(owner_of(item) == 99 for item in batch.chunks):
             break
     else:
         raise AssertionError("it never had its turn")
@@ -302,93 +311,94 @@ def test_put_back_last_batch_gives_the_forced_turn_back() -> None:
 
 @pytest.mark.parametrize("priority", [0, 5])
 def test_hasten_text_is_in_the_next_batch(priority: int) -> None:
-    heap = ChunkHeap()
-    heap.push(chunks([20] * 50))
-    heap.push([chunk(33, owner=77, priority=priority)])
-    heap.push(chunks([60] * 50))
-    assert heap.hasten(77)
+    heap = Heap()
+    heap.push(works([20] * 50))
+    odd = work(33, owner=77, priority=priority)
+    heap.push([odd])
+    heap.push(works([60] * 50))
+    assert heap.hasten(odd)
     batch = heap.take(240)
     assert batch is not None
-    assert 77 in {item.owner for item in batch.chunks}
+    assert 77 in owners(batch)
     check_size(batch, 240, None)
 
 
 def test_hasten_text_of_many_chunks_is_done_in_as_many_batches() -> None:
-    heap = ChunkHeap()
-    heap.push(chunks([20] * 200))
-    heap.push([chunk(length, owner=777, ordinal=number) for number, length in enumerate([250, 250, 31, 250])])
-    heap.hasten(777)
+    heap = Heap()
+    heap.push(works([20] * 200))
+    odd = work(250, 250, 31, 250, owner=777)
+    heap.push([odd])
+    heap.hasten(odd)
     for _ in range(4):
-        heap.push(chunks([60] * 50))
+        heap.push(works([60] * 50))
         batch = heap.take(300)
         assert batch is not None
-        assert 777 in {item.owner for item in batch.chunks}
-    assert heap.discard(777) == 0
+        assert 777 in owners(batch)
+    assert heap.discard([odd]) == 0
 
 
 def test_hasten_unknown_text_is_false() -> None:
-    heap = ChunkHeap()
-    heap.push(chunks([5]))
-    assert not heap.hasten(1)
+    heap = Heap()
+    heap.push(works([5]))
+    assert not heap.hasten(work(5, client=heap.client))
 
 
 def test_take_urgent_class_goes_first_and_is_filled_up_without_padding() -> None:
-    heap = ChunkHeap()
-    heap.push(chunks([10, 19, 20, 21, 40], priority=1))
-    heap.push([chunk(20, owner=100 + number, priority=0) for number in range(2)])
+    heap = Heap()
+    heap.push(works([10, 19, 20, 21, 40], priority=1))
+    heap.push([work(20, owner=100 + number, priority=0) for number in range(2)])
     batch = heap.take(80)
     assert batch is not None
     assert sorted(item.length for item in batch.chunks) == [19, 20, 20, 20]  # not 21: that would pad the urgent one
-    assert 100 in {item.owner for item in batch.chunks}
+    assert 100 in owners(batch)
     assert batch.longest == 20
 
 
 def test_take_urgent_class_is_filled_up_with_no_more_rows_than_it_has() -> None:
-    heap = ChunkHeap()
-    heap.push(chunks([20] * 50, priority=1))
-    heap.push([chunk(20, owner=100 + number, priority=0) for number in range(3)])
+    heap = Heap()
+    heap.push(works([20] * 50, priority=1))
+    heap.push([work(20, owner=100 + number, priority=0) for number in range(3)])
     batch = heap.take(1000)
     assert batch is not None
-    assert sorted(item.priority for item in batch.chunks) == [0, 0, 0, 1, 1, 1]
+    assert sorted(item.work.priority for item in batch.chunks) == [0, 0, 0, 1, 1, 1]
 
 
-# --- lanes ---
-
-LANE = OWNERS_PER_LANE
+# --- clients ---
 
 
-def lanes_of(batch: Batch | None) -> Counter[int]:
+def clients_of(batch: Batch | None, clients: list[Client]) -> Counter[int]:
     assert batch is not None
-    return Counter(lane_of(item.owner) for item in batch.chunks)
+    return Counter(clients.index(item.work.client) for item in batch.chunks)
 
 
-def test_take_lanes_of_one_class_take_turns() -> None:
-    heap = ChunkHeap()
-    heap.push([chunk(20, owner=lane * LANE + number) for lane in range(3) for number in range(20)])
-    assert [max(lanes_of(heap.take(80))) for _ in range(6)] == [0, 1, 2, 0, 1, 2]
+def test_take_clients_of_one_class_take_turns() -> None:
+    heap, clients = Heap(), [Client() for _ in range(3)]
+    heap.push(one for client in clients for one in works([20] * 20, client=client))
+    assert [max(clients_of(heap.take(80), clients)) for _ in range(6)] == [0, 1, 2, 0, 1, 2]
 
 
-def test_take_lanes_of_one_class_fill_each_others_batches() -> None:
-    heap = ChunkHeap()
-    heap.push([chunk(20, owner=lane * LANE) for lane in range(4)])
-    assert lanes_of(heap.take(80)) == Counter(range(4))
+def test_take_clients_of_one_class_fill_each_others_batches() -> None:
+    heap, clients = Heap(), [Client() for _ in range(4)]
+    heap.push(work(20, client=client) for client in clients)
+    assert clients_of(heap.take(80), clients) == Counter(range(4))
 
 
-def test_take_held_lane_stays_also_where_it_would_fill_a_batch() -> None:
-    heap = ChunkHeap()
-    heap.push([chunk(20, owner=0), chunk(20, owner=LANE)])
-    assert lanes_of(heap.take(80, held={1})) == Counter({0: 1})
-    assert heap.take(80, held={1}) is None
-    assert heap.most_urgent(held={1}) is None
+def test_take_held_client_stays_also_where_it_would_fill_a_batch() -> None:
+    heap, clients = Heap(), [Client(), Client()]
+    heap.push(work(20, client=client) for client in clients)
+    clients[1].is_held = True
+    assert clients_of(heap.take(80), clients) == Counter({0: 1})
+    assert heap.take(80) is None
+    assert heap.most_urgent() is None
+    clients[1].is_held = False
     assert heap.most_urgent() == 0
-    assert lanes_of(heap.take(80)) == Counter({1: 1})
+    assert clients_of(heap.take(80), clients) == Counter({1: 1})
 
 
-def test_drain_of_one_lane_leaves_the_choice_for_others() -> None:
-    heap = ChunkHeap()
-    lengths = [*[20] * 20, 59]
-    heap.push(chunk(length, owner=lane * LANE + row) for lane in range(2) for row, length in enumerate(lengths))
-    heap.drain(1)
+def test_take_draining_client_leaves_the_choice_for_others() -> None:
+    heap, clients = Heap(), [Client(), Client()]
+    heap.push(one for client in clients for one in works([*[20] * 20, 59], client=client))
+    clients[1].is_draining = True
     of_open, of_drained = heap.take(200), heap.take(200)
     assert of_open is not None
     assert of_drained is not None
@@ -396,35 +406,35 @@ def test_drain_of_one_lane_leaves_the_choice_for_others() -> None:
     assert of_drained.longest == 59  # from the longest down: it matters what is left
 
 
-def test_discard_lane_leaves_the_others() -> None:
-    heap = ChunkHeap()
-    heap.push(chunk(20, owner=lane * LANE + number) for lane in range(3) for number in range(5))
-    heap.discard_lane(1)
+def test_discard_client_leaves_the_others() -> None:
+    heap, clients = Heap(), [Client() for _ in range(3)]
+    heap.push(one for client in clients for one in works([20] * 5, client=client))
+    heap.discard_client(clients[1])
     assert (len(heap), heap.n_tokens) == (10, 200)
-    assert heap.lane_statistics(1) == (0, 0)
-    assert heap.lane_statistics(2) == (5, 100)
-    assert {lane for batch in drain(heap, 1000) for lane in lanes_of(batch)} == {0, 2}
+    assert [(client.n_chunks, client.n_tokens) for client in clients] == [(5, 100), (0, 0), (5, 100)]
+    assert {at for batch in drain(heap, 1000) for at in clients_of(batch, clients)} == {0, 2}
 
 
 def test_reprioritise_moves_all_chunks_of_a_text() -> None:
-    heap = ChunkHeap()
-    heap.push(chunks([20] * 50, priority=5))
-    heap.push([chunk(30, owner=77, ordinal=number, priority=5) for number in range(2)])
-    assert heap.reprioritise(77, 1) == 2
+    heap = Heap()
+    heap.push(works([20] * 50, priority=5))
+    odd = work(30, 30, owner=77, priority=5)
+    heap.push([odd])
+    assert heap.reprioritise(odd, 1) == 2
     assert heap.most_urgent() == 1
     assert heap.n_tokens == 50 * 20 + 60
     batch = heap.take(60)
     assert batch is not None
-    assert [(item.owner, item.priority) for item in batch.chunks] == [(77, 1)] * 2
+    assert [(owner_of(item), item.work.priority) for item in batch.chunks] == [(77, 1)] * 2
 
 
 def test_take_old_window_of_a_later_class_does_not_shut_out_the_urgent_one() -> None:
     """In a flood a whole window of bulk grows old together: it then gets one batch in four, and no row of blocks."""
-    heap = ChunkHeap(max_age=8)
-    heap.push(chunks([20] * 40, priority=1))
+    heap = Heap(max_age=8)
+    heap.push(works([20] * 40, priority=1))
     served = []
     for _ in range(100):
-        heap.push(chunks([37] * 4))
+        heap.push(works([37] * 4))
         batch = heap.take(80)
         assert batch is not None
         served.append(batch.longest == 20)
@@ -435,12 +445,12 @@ def test_take_old_window_of_a_later_class_does_not_shut_out_the_urgent_one() -> 
 
 
 def test_take_full_urgent_class_takes_no_other() -> None:
-    heap = ChunkHeap()
-    heap.push(chunks([20] * 4, priority=1))
-    heap.push(chunks([20] * 4, priority=0))
+    heap = Heap()
+    heap.push(works([20] * 4, priority=1))
+    heap.push(works([20] * 4, priority=0))
     batch = heap.take(80)
     assert batch is not None
-    assert {item.priority for item in batch.chunks} == {0}
+    assert {item.work.priority for item in batch.chunks} == {0}
 
 
 @given(
@@ -452,13 +462,13 @@ def test_take_full_urgent_class_takes_no_other() -> None:
 def test_take_any_classes_filling_never_adds_padding(
     urgent: list[int], bulk: list[int], limit: int, max_rows: int | None
 ) -> None:
-    heap = ChunkHeap()
-    heap.push(chunks(bulk, priority=3))
-    heap.push(chunks(urgent, priority=1))
+    heap = Heap()
+    heap.push(works(bulk, priority=3))
+    heap.push(works(urgent, priority=1))
     batch = heap.take(limit, max_rows)
     assert batch is not None
     check_size(batch, limit, max_rows)
-    own = [item.length for item in batch.chunks if item.priority == 1]
+    own = [item.length for item in batch.chunks if item.work.priority == 1]
     assert own
     assert batch.longest == max(own)
 
@@ -470,7 +480,7 @@ def padding_of(lengths: list[int], limit: int, *, in_order: bool = False) -> flo
     """Padded tokens that carried nothing over those that did, through a window as deep as the engine's."""
     if in_order:
         return _padding_in_order(lengths, limit)
-    heap, source, batches = ChunkHeap(), iter(chunks(lengths)), []
+    heap, source, batches = Heap(), iter(works(lengths)), []
     ended = False
     while True:
         while not ended and heap.n_tokens < WINDOW_BATCHES * limit and len(heap) < WINDOW_CHUNKS:
@@ -478,7 +488,7 @@ def padding_of(lengths: list[int], limit: int, *, in_order: bool = False) -> flo
             ended = item is None
             heap.push([item] if item is not None else [])
             if ended:
-                heap.drain()
+                heap.client.is_draining = True
         batch = heap.take(limit)
         if batch is None:
             break
@@ -516,8 +526,8 @@ def test_take_mixed_lengths_pads_little(mixed_lengths: list[int], limit: int) ->
     assert padding_of(mixed_lengths, limit, in_order=True) > 0.5  # the control: the bound above means something
 
 
-def lines_run(work: Any) -> int:
-    """Lines of Python that `work()` runs, loops counted as often as they go round."""
+def lines_run(call: Any) -> int:
+    """Lines of Python that `call()` runs, loops counted as often as they go round."""
     n_lines = 0
 
     def trace(_frame: FrameType, event: str, _arg: object) -> Any:
@@ -528,7 +538,7 @@ def lines_run(work: Any) -> int:
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        work()
+        call()
     finally:
         sys.settrace(before)
     return n_lines
@@ -536,15 +546,16 @@ def lines_run(work: Any) -> int:
 
 @pytest.mark.parametrize("urgent", [False, True])
 def test_take_window_of_20_000_chunks_does_not_loop_over_it(mixed_lengths: list[int], urgent: bool) -> None:
-    heap = ChunkHeap()
-    heap.push(chunks(mixed_lengths, priority=1))
+    heap = Heap()
+    pushed = works(mixed_lengths, priority=1)
+    heap.push(pushed)
     if urgent:
-        heap.push([chunk(50, owner=-1)])
+        heap.push([work(50, owner=-1)])
     assert len(heap) >= WINDOW_CHUNKS
     heap.take(512)
-    heap.push(chunks([40] * 64, priority=1))
+    heap.push(works([40] * 64, priority=1))
     assert lines_run(lambda: heap.take(512, max_rows=64)) < 2000
-    assert lines_run(lambda: heap.hasten(5)) < 500
+    assert lines_run(lambda: heap.hasten(pushed[5])) < 500
 
 
 @given(
@@ -553,43 +564,44 @@ def test_take_window_of_20_000_chunks_does_not_loop_over_it(mixed_lengths: list[
     urgent=st.sets(st.integers(0, 39)),
 )
 def test_discard_many_drops_just_those_of_all_classes(lengths: list[int], gone: list[int], urgent: set[int]) -> None:
-    heap = ChunkHeap()
-    heap.push([chunk(length, owner=owner, priority=owner not in urgent) for owner, length in enumerate(lengths)])
-    assert heap.discard_many(gone) == len(set(gone) & set(range(len(lengths))))
+    heap = Heap()
+    pushed = [work(length, owner=owner, priority=owner not in urgent) for owner, length in enumerate(lengths)]
+    heap.push(pushed)
+    assert heap.discard([pushed[at] for at in gone if at < len(pushed)]) == len(set(gone) & set(range(len(lengths))))
     left: list[int] = []
     while batch := heap.take(100):
-        left += [item.owner for item in batch.chunks]
+        left += [owner_of(item) for item in batch.chunks]
     assert sorted(left) == sorted(set(range(len(lengths))) - set(gone))
     assert heap.n_tokens == 0
 
 
-@pytest.mark.parametrize(("prompt_below", "comes_first"), [(10, True), (0, False)])
-def test_take_somebody_who_waits_is_served_in_turn(prompt_below: int, comes_first: bool) -> None:
-    heap = ChunkHeap(prompt_below=prompt_below)
-    heap.push([chunk(3, owner=777)])  # shorter than all others: the best run anywhere is never one with it
-    heap.push(chunks([40] * 40))
+@pytest.mark.parametrize(("interactive_below", "comes_first"), [(10, True), (0, False)])
+def test_take_somebody_who_waits_is_served_in_turn(interactive_below: int, comes_first: bool) -> None:
+    heap = Heap(interactive_below=interactive_below)
+    heap.push([work(3, owner=777)])  # shorter than all others: the best run anywhere is never one with it
+    heap.push(works([40] * 40))
     batch = heap.take(120)
     assert batch is not None
-    assert (777 in {item.owner for item in batch.chunks}) is comes_first
+    assert (777 in owners(batch)) is comes_first
 
 
-def serve(lengths: list[int], n_callers: int, limit: int, *, prompt_below: int) -> tuple[float, npt.NDArray[Any]]:
+def serve(lengths: list[int], n_callers: int, limit: int, *, interactive_below: int) -> tuple[float, npt.NDArray[Any]]:
     """Callers who each wait for one text and then ask for the next, on a device that takes a unit of time for each
     padded token and 20 for a batch: tokens per unit, and how long each caller waited."""
-    heap, texts = ChunkHeap(prompt_below=prompt_below), iter(lengths)
+    heap, texts = Heap(interactive_below=interactive_below), iter(lengths)
     asked, now, n_useful = dict[int, float](), 0.0, 0
     waited = list[float]()
 
     def ask(n: int) -> None:
         for length in islice(texts, n):
             asked[len(asked)] = now
-            heap.push([chunk(length, owner=len(asked) - 1)])
+            heap.push([work(length, owner=len(asked) - 1)])
 
     ask(n_callers)
     while (batch := heap.take(limit)) is not None:
         now += batch.padded_tokens + 20
         n_useful += batch.row_tokens
-        waited += [now - asked[item.owner] for item in batch.chunks]
+        waited += [now - asked[owner_of(item)] for item in batch.chunks]
         ask(len(batch.chunks))
     return n_useful / now, np.array(waited)
 
@@ -603,16 +615,16 @@ def test_take_callers_who_wait_wait_nearly_alike_and_the_model_does_as_much(
 ) -> None:
     dice = np.random.default_rng(3)
     lengths = np.clip(median * np.exp(dice.normal(0, spread, 6000)), 4, 256).astype(int).tolist()
-    rate, waited = serve(lengths, n_callers, 512, prompt_below=10)
+    rate, waited = serve(lengths, n_callers, 512, interactive_below=10)
     steady = waited[n_callers:-n_callers]
     assert np.percentile(steady, 99) <= most * steady.mean()
-    best_rate, _ = serve(lengths, n_callers, 512, prompt_below=0)
+    best_rate, _ = serve(lengths, n_callers, 512, interactive_below=0)
     assert rate >= 0.86 * best_rate
 
 
 def test_take_beside_those_who_wait_batches_are_half_as_large_for_a_while() -> None:
-    heap = ChunkHeap(prompt_below=10)
-    heap.push(chunks([10] * 4000, priority=10))
+    heap = Heap(interactive_below=10)
+    heap.push(works([10] * 4000, priority=10))
 
     def next_size() -> int:
         batch = heap.take(100)
@@ -620,7 +632,7 @@ def test_take_beside_those_who_wait_batches_are_half_as_large_for_a_while() -> N
         return batch.padded_tokens
 
     assert next_size() == 100
-    heap.push([chunk(10, priority=0)])
+    heap.push([work(10, priority=0)])
     assert next_size() < 100  # somebody who waits
     assert [next_size() for _ in range(BESIDE)] == [50] * BESIDE
     assert next_size() == 100

@@ -4,50 +4,57 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import cycle
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncembed.encoders.failures import FailureKind
+from asyncembed.engine.scheduler import BROKEN_AFTER, EncoderState, Scheduler
+from asyncembed.engine.work import Client, Work
 from asyncembed.errors import ModelError
-from asyncembed.heap import ChunkHeap
 from asyncembed.limits import TokenLimitEstimator
-from asyncembed.records import Batch, Chunk
-from asyncembed.scheduler import BROKEN_AFTER, Scheduler
+from asyncembed.records import Batch
 
-from .fakes import chunk, chunks
+from .fakes import owners, vector_of, work, works
 
 Failure = Callable[[Batch], FailureKind | None]
 
 
-def scheduler_of(items: list[Chunk], limit: int = 1000) -> Scheduler:
-    heap = ChunkHeap()
-    heap.push(items)
-    return Scheduler(heap, TokenLimitEstimator(limit), max_rows=None, is_wanted=lambda _: True)
+def scheduler_of(items: list[Work]) -> Scheduler:
+    scheduler, client = Scheduler(), Client()
+    for item in items:
+        item.client = client
+    scheduler.push(items)
+    return scheduler
 
 
-def run(scheduler: Scheduler, failure_of: Failure) -> tuple[Counter[int], dict[int, str]]:
-    """Run all that waits: how often each text was embedded, and why others were given up."""
-    embedded: Counter[int] = Counter()
-    failed: dict[int, str] = {}
-    while (batch := scheduler.next_batch()) is not None:
+def run(scheduler: Scheduler, failure_of: Failure, *limits: int) -> tuple[Counter[int], dict[int, str]]:
+    """Runs all that waits, on encoders that take turns: how often each text was done, and why others were given up."""
+    done: list[Work] = []
+    for encoder in cycle([EncoderState(TokenLimitEstimator(limit)) for limit in limits or (1000,)]):
+        batch = scheduler.next_batch(encoder)
+        if batch is None:
+            break
+        assert len(batch.chunks) == 1 or batch.padded_tokens <= encoder.limit
         kind = failure_of(batch)
         if kind is None:
-            if scheduler.succeeded(batch):
-                embedded.update(item.owner for item in batch.chunks)
-        elif (given_up := scheduler.failed(batch, kind, ValueError("bad row"))) is not None:
-            assert given_up.chunk.owner not in failed
-            failed[given_up.chunk.owner] = given_up.reason
+            done += scheduler.succeeded(encoder, batch, np.stack([vector_of(item) for item in batch.chunks]))
+        else:
+            done += scheduler.failed(encoder, batch, kind, ValueError("bad row"))
     assert not scheduler
-    return embedded, failed
+    failed = {int(str(item.text)): item.error for item in done if item.error is not None}
+    assert len(failed) == sum(item.error is not None for item in done)
+    return Counter(int(str(item.text)) for item in done if item.error is None), failed
 
 
 def fails_on(bad: set[int], capacity: int = 1 << 30) -> Failure:
     def kind_of(batch: Batch) -> FailureKind | None:
         if batch.padded_tokens > capacity:
             return FailureKind.OUT_OF_MEMORY
-        return FailureKind.OTHER if bad & {item.owner for item in batch.chunks} else None
+        return FailureKind.OTHER if bad & owners(batch) else None
 
     return kind_of
 
@@ -56,30 +63,29 @@ def fails_on(bad: set[int], capacity: int = 1 << 30) -> Failure:
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=120),
     capacity=st.integers(1, 200),
-    limit=st.integers(1, 300),
+    limits=st.lists(st.integers(1, 300), min_size=1, max_size=3),
     bad=st.sets(st.integers(0, 119), max_size=BROKEN_AFTER - 1),
 )
 def test_next_batch_any_mix_of_failures_gives_every_chunk_one_end(
-    lengths: list[int], capacity: int, limit: int, bad: set[int]
+    lengths: list[int], capacity: int, limits: list[int], bad: set[int]
 ) -> None:
-    items = chunks(lengths)
-    embedded, failed = run(scheduler_of(items, limit), fails_on(bad, capacity))
-    given_up = {item.owner for item in items if item.length > capacity or item.owner in bad}
+    embedded, failed = run(scheduler_of(works(lengths)), fails_on(bad, capacity), *limits)
+    given_up = {owner for owner, length in enumerate(lengths) if length > capacity or owner in bad}
     assert set(failed) == given_up
-    assert embedded == Counter(item.owner for item in items if item.owner not in given_up)
+    assert embedded == Counter(owner for owner in range(len(lengths)) if owner not in given_up)
 
 
 def test_failed_bad_texts_in_a_row_are_told_from_a_broken_model_by_a_chunk_that_passed() -> None:
     bad = set(range(1, 3 * BROKEN_AFTER))
-    items = [chunk(90, owner=0), *(chunk(10, owner=owner) for owner in sorted(bad))]
-    embedded, failed = run(scheduler_of(items, limit=90), fails_on(bad))
+    items = [work(90, owner=0), *(work(10, owner=owner) for owner in sorted(bad))]
+    embedded, failed = run(scheduler_of(items), fails_on(bad), 90)
     assert embedded == Counter([0])
     assert set(failed) == bad
 
 
 def test_failed_chunk_that_passed_before_fails_too_and_the_model_is_broken() -> None:
-    items = [chunk(90, owner=0), *(chunk(10, owner=owner) for owner in range(1, 100))]
-    scheduler, n_batches = scheduler_of(items, limit=90), 0
+    items = [work(90, owner=0), *(work(10, owner=owner) for owner in range(1, 100))]
+    scheduler, n_batches = scheduler_of(items), 0
 
     def kind_of(_: Batch) -> FailureKind | None:
         nonlocal n_batches
@@ -87,16 +93,39 @@ def test_failed_chunk_that_passed_before_fails_too_and_the_model_is_broken() -> 
         return FailureKind.OTHER if n_batches > 1 else None
 
     with pytest.raises(ModelError, match=rf"failed on {BROKEN_AFTER} chunks in a row.*bad row"):
-        run(scheduler, kind_of)
+        run(scheduler, kind_of, 90)
 
 
 def test_put_back_part_of_a_failed_batch_is_not_mixed_with_what_waits() -> None:
-    scheduler = scheduler_of(chunks([10] * 4), limit=40)
-    batch = scheduler.next_batch()
+    scheduler, encoder = scheduler_of(works([10] * 4)), EncoderState(TokenLimitEstimator(40))
+    batch = scheduler.next_batch(encoder)
     assert batch is not None
     assert len(batch.chunks) == 4
-    assert scheduler.failed(batch, FailureKind.OTHER, ValueError()) is None
-    half = scheduler.next_batch()
+    assert scheduler.failed(encoder, batch, FailureKind.OTHER, ValueError()) == []
+    half = scheduler.next_batch(encoder)
     assert half is not None
-    scheduler.put_back(half)
-    assert scheduler.next_batch() == half
+    scheduler.put_back(encoder, half)
+    assert scheduler.next_batch(encoder) == half
+
+
+def test_next_batch_probe_that_was_put_back_runs_once_and_other_batches_meanwhile_do_not_end_it() -> None:
+    bad = set(range(1, 2 * BROKEN_AFTER))
+    items = [work(90, owner=0), work(80, owner=999), *(work(10, owner=owner) for owner in sorted(bad))]
+    scheduler, encoder = scheduler_of(items), EncoderState(TokenLimitEstimator(90))
+    while encoder.probe is None:
+        batch = scheduler.next_batch(encoder)
+        assert batch is not None
+        if owners(batch) <= bad:
+            scheduler.failed(encoder, batch, FailureKind.OTHER, ValueError("bad row"))
+        else:
+            scheduler.succeeded(encoder, batch, np.stack([vector_of(item) for item in batch.chunks]))
+    probe = scheduler.next_batch(encoder)
+    assert probe is not None
+    assert probe is encoder.probe
+    scheduler.put_back(encoder, probe)
+    assert scheduler.next_batch(encoder) is probe
+    other = scheduler.next_batch(encoder)
+    assert other is not None
+    assert other is not probe
+    with pytest.raises(ModelError, match="chunks in a row"):
+        scheduler.failed(encoder, probe, FailureKind.OTHER, ValueError("bad row"))

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncembed import TokenText
-from asyncembed.chunking import Chunker
-from asyncembed.embedder.chunkers import IdChunker
+from asyncembed.engine.chunkers import IdChunker
+from asyncembed.engine.chunking import Chunker
+from asyncembed.engine.work import Client, Work
 from asyncembed.options import LongTexts
 from tests.core.minilm import fast_tokenizer
 
@@ -20,7 +21,8 @@ TOKENIZER = fast_tokenizer()
 def test_rows_of_long_ids_hold_every_id_once_but_for_the_overlap(overlap: int, n_ids: int, size: int) -> None:
     chunker = Chunker(TOKENIZER, 256, chunk_size=size, chunk_overlap=overlap)
     ids = [1037 + number for number in range(n_ids)]
-    found = IdChunker(TOKENIZER, 256, chunker).chunk(3, TokenText.of(ids), 0)
+    found = Work(Client(), TokenText.of(ids))
+    IdChunker(TOKENIZER, 256, chunker).chunk(found)
     rows = [chunk.ids.tolist() for chunk in found.chunks]
     assert all(row[0] == 101 and row[-1] == 102 and len(row) <= size + 2 for row in rows)
     joined = rows[0][1:-1] + [one for row in rows[1:] for one in row[1 + overlap : -1]]
@@ -31,5 +33,6 @@ def test_rows_of_long_ids_hold_every_id_once_but_for_the_overlap(overlap: int, n
 @pytest.mark.parametrize(("long_texts", "n_rows", "dropped"), [("average", 2, 0), ("truncate", 1, 10), ("error", 0, 0)])
 def test_long_ids_become_what_long_texts_says(long_texts: LongTexts, n_rows: int, dropped: int) -> None:
     chunker = Chunker(TOKENIZER, 256, chunk_size=20, long_texts=long_texts)
-    found = IdChunker(TOKENIZER, 256, chunker).chunk(0, TokenText.of([1037] * 30), 0)
+    found = Work(Client(), TokenText.of([1037] * 30))
+    IdChunker(TOKENIZER, 256, chunker).chunk(found)
     assert (len(found.chunks), found.dropped_tokens, found.error is not None) == (n_rows, dropped, n_rows == 0)

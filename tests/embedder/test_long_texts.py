@@ -13,7 +13,7 @@ import pytest
 from asyncembed import AsyncEmbedder
 from asyncembed.encoders import Tokenized
 from asyncembed.encoders.torch_encoder import TorchEncoder
-from asyncembed.lane import CALL_CHARS
+from asyncembed.engine.client import CALL_CHARS
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 

@@ -21,7 +21,7 @@ from asyncembed import (
     TextTypeError,
     embed_stream,
 )
-from asyncembed.heap import ChunkHeap
+from asyncembed.engine.heap import ChunkHeap
 from asyncembed.records import Batch
 from tests.fakes import FakeEncoder
 
@@ -556,7 +556,7 @@ async def test_aclose_cancelled_while_it_drains_answers_everyone_also_from_the_b
     """The batch ends in the same turn of the loop: its first answer must not hide that nobody wants the second."""
     gate, encoder = held_model()
     embedder = await AsyncEmbedder(encoder, max_pending_bytes=20_000).__aenter__()
-    lane: Any = embedder._lane
+    client: Any = embedder._client
     in_hand = embedder.embed_nowait(["a heron", "a boat"])
     await gate.begun()
     asked = [in_hand, start(embedder.embed([f"text {n}" for n in range(20)])), start(embedder.embed("reeds"))]
@@ -564,14 +564,16 @@ async def test_aclose_cancelled_while_it_drains_answers_everyone_also_from_the_b
     await until(lambda: embedder.statistics().pending_requests == 4)
     closing = start(embedder.aclose())
     await until(lambda: embedder.statistics().state == "closing")
-    chunks = next(iter(embedder._engine._consumer._submitted)).batch.chunks  # type: ignore[union-attr]  # it is open
-    stop = lane.stop
+    dispatcher: Any = client._dispatcher
+    encoder = dispatcher.encoders[0]
+    batch = encoder._submitted[0].batch
+    stop = client.stop
 
     def stop_as_the_batch_ends() -> None:
-        lane.embedded(chunks, np.ones((2, 4), np.float32))
+        client.settled(dispatcher.scheduler.succeeded(encoder.state, batch, np.ones((2, 4), np.float32)))
         stop()
 
-    lane.stop = stop_as_the_batch_ends
+    client.stop = stop_as_the_batch_ends
     closing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await closing
@@ -682,13 +684,13 @@ async def test_embed_awaited_on_another_loop_is_handed_over() -> None:
 
 async def test_cancelled_list_is_dropped_in_one_pass_over_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass a text would hold the loop for most of a second with the 10,000 texts that may wait."""
-    passes, discard_many = [], ChunkHeap.discard_many
+    passes, discard = [], ChunkHeap.discard
 
-    def counted(heap: ChunkHeap, owners: Any) -> int:
-        passes.append(discard_many(heap, owners))
+    def counted(heap: ChunkHeap, works: Any) -> int:
+        passes.append(discard(heap, works))
         return passes[-1]
 
-    monkeypatch.setattr(ChunkHeap, "discard_many", counted)
+    monkeypatch.setattr(ChunkHeap, "discard", counted)
     gate, model = held_model()
     async with AsyncEmbedder(model, batch_size=4) as embedder:
         first = asyncio.ensure_future(embedder.embed("heron"))

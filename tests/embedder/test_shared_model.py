@@ -93,8 +93,9 @@ async def test_request_beside_a_saturating_job_is_in_the_next_batch_that_begins(
 
 def _is_prepared(embedder: AsyncEmbedder) -> bool:
     """Whether an interactive row stands in a batch that was given to the model's thread."""
-    engine: Any = embedder._engine
-    return any(chunk.priority == 0 for item in engine._consumer._submitted for chunk in item.batch.chunks)
+    client: Any = embedder._client
+    submitted = client._dispatcher.encoders[0]._submitted
+    return any(chunk.work.priority == 0 for item in submitted for chunk in item.batch.chunks)
 
 
 async def test_job_starts_while_the_model_is_held_by_a_batch(tmp_path: Path) -> None:
@@ -132,7 +133,8 @@ async def test_job_that_cannot_save_fast_enough_does_not_hold_requests_back(tmp_
             await blocked.wait()
             # What is computed and unsaved stays bounded, and a request passes by.
             assert (await embedder.embed("heron")).tolist() == vector("heron")
-            assert stream._job._delivery._n_unsaved <= 256 + 2 * 1024
+            client: Any = stream._job._client
+            assert client._n_taken + client._n_computed <= 256 + 2 * 1024
             release.set()
             assert (await job).embedded == 3000
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncembed import AsyncEmbedder, AsyncEmbedError, embed_stream
-from asyncembed.embedder.desk import ENTRY_OVERHEAD, Answer, AnswerCache
+from asyncembed.embedder.requests import ENTRY_OVERHEAD, Answer, AnswerCache
 from asyncembed.encoders import Instruction
 from asyncembed.records import Batch
 from tests.fakes import FakeEncoder
@@ -78,8 +78,8 @@ def test_any_mixture_everyone_is_answered_and_nothing_is_left(
             elif call[0] != "job":
                 check(call[1], answer)
         assert at_rest(embedder)
-        assert len(embedder._desk._works) == 0  # type: ignore[union-attr]  # it was open
-        assert not embedder._engine._heap  # type: ignore[union-attr]
+        assert len(embedder._requests._works) == 0  # type: ignore[union-attr]  # it was open
+        assert not embedder._engine._dispatcher.scheduler  # type: ignore[union-attr]
 
     async def bounded() -> None:
         with anyio.fail_after(60):

@@ -21,7 +21,7 @@ from asyncembed import (
     open_embeddings,
     text_id,
 )
-from asyncembed.lane import WINDOW_CHUNKS
+from asyncembed.engine.client import WINDOW_CHUNKS
 from asyncembed.records import Rejected
 from tests.fakes import FakeEncoder
 from tests.generator.stepping import by_steps, contents, errors

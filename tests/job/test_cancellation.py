@@ -6,10 +6,9 @@ import asyncio
 import random
 from pathlib import Path
 
-import anyio
 import pytest
 
-from asyncembed import embed_stream
+from asyncembed import ClosedError, embed_stream
 from tests.cancelling import FORMS, TEXTS, VICTIMS, Leftovers, cancel_at, check_folder, count_steps
 from tests.conftest import all_tasks_done
 from tests.fakes import FakeEncoder
@@ -38,8 +37,9 @@ async def test_closing_that_is_cancelled_leaves_the_job_to_close_by_itself() -> 
         await asyncio.wait([closing])
         break
     await all_tasks_done()
-    with pytest.raises(anyio.ClosedResourceError):
-        stream._job.results.receive_nowait()
+    assert list(stream._job.results.take()) == []
+    with pytest.raises(ClosedError):
+        await stream._job.results.wait()
 
 
 async def test_what_is_left_in_a_folder_is_seen(tmp_path: Path) -> None:

@@ -44,11 +44,11 @@ class _Recording(FakeEncoder):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.succeeded: Counter[tuple[int, int]] = Counter()
+        self.succeeded: Counter[tuple[object, int]] = Counter()
 
     def finish(self, handle: Any) -> Any:
         vectors = super().finish(handle)
-        self.succeeded.update((chunk.owner, chunk.ordinal) for chunk in handle.chunks)
+        self.succeeded.update((chunk.work, chunk.ordinal) for chunk in handle.chunks)
         return vectors
 
 

@@ -196,7 +196,11 @@ async def use(stream: Any, face: str) -> None:
 @pytest.mark.parametrize("face", ["await", "iterate", "run", "block"])
 @pytest.mark.parametrize(
     "place",
-    ["asyncembed.assembly.Assembler.add", "asyncembed.heap.ChunkHeap.take", "asyncembed.chunking.Chunker._chunk_one"],
+    [
+        "asyncembed.engine.work.Work.add",
+        "asyncembed.engine.heap.ChunkHeap.take",
+        "asyncembed.engine.chunking.Chunker._chunk_one",
+    ],
 )
 async def test_bug_of_our_own_stops_every_face_loudly_with_all_that_was_finished_saved(
     face: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,7 +214,7 @@ async def test_bug_of_our_own_stops_every_face_loudly_with_all_that_was_finished
     def broken(*args: Any, **kwargs: Any) -> Any:
         nonlocal n_calls
         n_calls += 1
-        if n_calls == (600 if name == "_chunk_one" else 5):
+        if n_calls == (5 if name == "take" else 600):
             raise KeyError("a bug")
         return original(*args, **kwargs)
 

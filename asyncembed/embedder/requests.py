@@ -8,18 +8,19 @@ from __future__ import annotations
 import asyncio
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from asyncembed.admission import AdmissionQueue, life_bytes, token_life_bytes
-from asyncembed.assembly import Assembled
 from asyncembed.encoders import FloatMatrix, Instruction
+from asyncembed.engine.client import EngineClient
+from asyncembed.engine.scheduler import INTERACTIVE
+from asyncembed.engine.work import Work
 from asyncembed.errors import OverloadedError, TextError
-from asyncembed.lane import INTERACTIVE, Lane, Submission
-from asyncembed.records import AnyText, FloatVector
+from asyncembed.records import AnyText, EmbeddedText, FloatVector, text_id
 from asyncembed.wording import plural
 
 ENTRY_OVERHEAD = 400
@@ -112,7 +113,7 @@ class Request:
         self.n_tokens = [0] * len(texts)
         self.errors: dict[int, str] = {}
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.open: dict[int, tuple[_Work, int]] = {}
+        self.open: dict[int, tuple[Work, int]] = {}
         self.takes_blanks = takes_blanks
         self._keep_errors = keep_errors
         self._shape = shape
@@ -142,39 +143,29 @@ class Request:
             self.future.set_exception(error)
 
 
-class _Work:
-    """A text that is computed, for all requests that wait for it."""
-
-    def __init__(self, key: Key, owner: int, priority: int) -> None:
-        self.key = key
-        self.owner = owner
-        self.priority = priority
-        self.waiters: dict[tuple[Request, int], None] = {}
-
-
-class Desk:
+class Requests:
     """Takes requests' texts in while there is room, has each computed once, and answers all who wait for it.
 
     Half of the budget is kept for the interactive class, so that a long list of another never stands in its way.
     """
 
     def __init__(
-        self, lane: Lane, dim: int, chunk_size: int, chunk_overlap: int, *, max_bytes: int, cache_bytes: int
+        self, client: EngineClient, dim: int, chunk_size: int, chunk_overlap: int, *, max_bytes: int, cache_bytes: int
     ) -> None:
         self.cache = AnswerCache(cache_bytes)
         self.urgent = AdmissionQueue(max(1, max_bytes - max_bytes // 2))
         self.later = AdmissionQueue(max(1, max_bytes // 2))
         self.n_requests = 0
         self.n_texts = 0
-        self._lane = lane
+        self._client = client
         self._life = (dim, chunk_size, chunk_overlap)
-        self._works: dict[Key, _Work] = {}
+        self._works: dict[Key, Work] = {}
         self._requests: set[Request] = set()
-        self._new: list[Submission] = []
+        self._new: list[Work] = []
         self._idle = asyncio.Event()
 
     def __repr__(self) -> str:
-        return f"<Desk requests={len(self._requests)} texts={len(self._works)}>"
+        return f"<Requests requests={len(self._requests)} texts={len(self._works)}>"
 
     @property
     def n_pending(self) -> int:
@@ -190,16 +181,15 @@ class Desk:
     def leave(self, request: Request) -> None:
         """The request has its answer, or nobody waits for it: what only it wanted is dropped. Idempotent."""
         self._requests.discard(request)
-        unwanted: list[int] = []
-        for index in list(request.open):
-            work, _ = request.open[index]
-            self._release(request, index)
-            work.waiters.pop((request, index), None)
-            if not work.waiters and self._works.get(work.key) is work:
-                del self._works[work.key]
-                unwanted.append(work.owner)
+        unwanted: list[Work] = []
+        for work in dict.fromkeys([self._release(request, index) for index in list(request.open)]):
+            work.waiters = [waiter for waiter in work.waiters if waiter[0] is not request]
+            if not work.waiters:
+                self._forget(work)
+                if work.is_open:
+                    unwanted.append(work)
         if unwanted:
-            self._lane.discard(unwanted)
+            self._client.discard(unwanted)
         if request.future.done():
             if not request.future.cancelled():
                 request.future.exception()  # told to its caller, or to nobody: not to the loop's log
@@ -259,7 +249,7 @@ class Desk:
         """Hand what was added to the engine."""
         if self._new:
             new, self._new = self._new, []
-            self._lane.submit_nowait(new)
+            self._client.submit_nowait(new)
 
     def fail_all(self, make: Callable[[], Exception]) -> None:
         """Every request that waits gets an error of its own."""
@@ -294,35 +284,52 @@ class Desk:
             self._answer(request, index, known)
             return
         work = self._works.get(key)
+        # 1. computed this moment   2. new   3. under way for others
+        if work is not None and not work.is_pending:
+            self._queue(request).release(n_bytes)
+            self._answer(request, index, _answer_of(work))
+            return
         if work is None:
-            work = self._works[key] = _Work(key, self._lane.new_owner(), request.priority)
-            sink = partial(self._computed, work)
-            self._new.append(Submission(work.owner, text, sink, request.priority, told))
+            work = self._works[key] = Work(self._client, text, request.priority, told)
+            self._new.append(work)
         elif request.priority < work.priority:
-            work.priority = request.priority
             self.submit()
-            self._lane.raise_priority(work.owner, request.priority)
-        work.waiters[request, index] = None
+            self._client.raise_priority(work, request.priority)
+        work.waiters.append((request, index))
         request.open[index] = (work, n_bytes)
 
-    def _computed(self, work: _Work, done: Assembled) -> None:
-        if self._works.get(work.key) is work:
-            del self._works[work.key]
-        answer = Answer(done.embedding, done.n_tokens, done.error)
-        self.cache.put(work.key, answer)
-        for request, index in list(work.waiters):
-            if index in request.open:  # a failure may have ended the request at another place of the same text
-                self._release(request, index)
+    async def run(self) -> None:
+        """Answers all who wait, until the client has ended."""
+        while waiters := await self._client.finished():
+            last, answer = None, Answer(None)
+            for request, index in waiters:
+                if index not in request.open:
+                    continue  # it left, or a failure ended the request at another place of the same text
+                work = self._release(request, index)
+                if work is not last:
+                    last, answer = work, _answer_of(work)
+                    self._forget(work)
+                    self.cache.put((work.instruction, work.text), answer)
                 self._answer(request, index, answer)
+
+    def _forget(self, work: Work) -> None:
+        key = (work.instruction, work.text)
+        if self._works.get(key) is work:
+            del self._works[key]
 
     def _answer(self, request: Request, index: int, answer: Answer) -> None:
         request.answer(index, answer)
         if request.future.done():
             self.leave(request)
 
-    def _release(self, request: Request, index: int) -> None:
-        _, n_bytes = request.open.pop(index)
+    def _release(self, request: Request, index: int) -> Work:
+        work, n_bytes = request.open.pop(index)
         self._queue(request).release(n_bytes)
+        return work
+
+
+def _answer_of(work: Work) -> Answer:
+    return Answer(work.embedding, work.n_tokens, work.error)
 
 
 MOST_LOOKED_AT = 200
@@ -343,3 +350,58 @@ async def _next_turn() -> None:
     turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_soon(lambda: None if turn.done() else turn.set_result(None))
     await turn
+
+
+class CountedVectors(NamedTuple):
+    """Vectors of several texts, and their tokens.
+
+    Attributes:
+        vectors: Shape `(n, dim)` float32, in order.
+        n_tokens: Tokens of each text, without prompt and special tokens.
+    """
+
+    vectors: FloatMatrix
+    n_tokens: list[int]
+
+
+def vector_of(request: Request) -> FloatVector:
+    """The only vector, shape `(dim,)`."""
+    vector: FloatVector = request.vectors[0]
+    return vector
+
+
+def matrix_of(request: Request) -> FloatMatrix:
+    """All vectors, shape `(n, dim)`."""
+    return request.vectors
+
+
+def counted_of(request: Request) -> CountedVectors:
+    """All vectors, and their tokens."""
+    return CountedVectors(request.vectors, request.n_tokens)
+
+
+def records_of(request: Request) -> list[EmbeddedText]:
+    """A record for each text."""
+    return [
+        EmbeddedText(
+            id=text_id(str(text)),
+            index=index,
+            key=None,
+            text=str(text),
+            embedding=None if index in request.errors else request.vectors[index],
+            n_tokens=request.n_tokens[index],
+            error=request.errors.get(index),
+        )
+        for index, text in enumerate(request.texts)
+    ]
+
+
+def with_faults(records: Sequence[EmbeddedText], faults: Mapping[int, str]) -> list[EmbeddedText]:
+    """Records of the texts, and between them, where each was, those of the items that were no texts."""
+    rest = iter(records)
+    return [
+        EmbeddedText(id="", index=index, key=None, text="", embedding=None, error=faults[index])
+        if index in faults
+        else replace(next(rest), index=index)
+        for index in range(len(records) + len(faults))
+    ]

@@ -14,76 +14,76 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncembed.consumer import Consumer, ModelRunner
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.encoders.failures import FailureKind
+from asyncembed.engine.dispatch import Dispatcher
+from asyncembed.engine.model_thread import EncoderThread, ModelRunner
+from asyncembed.engine.scheduler import BROKEN_AFTER, BULK, LimitEstimator
+from asyncembed.engine.work import Client, Work
 from asyncembed.errors import ModelError
-from asyncembed.heap import ChunkHeap
 from asyncembed.limits import TokenLimitEstimator
-from asyncembed.records import Batch, Chunk
-from asyncembed.scheduler import BROKEN_AFTER, LimitEstimator
+from asyncembed.records import Batch
 from asyncembed.threads import WorkerThread
 
-from .fakes import FakeEncoder, chunk, chunks, vector_of
+from .fakes import FakeEncoder, chunks, owner_of, owners, vector_of, work, works
 
 
-class Bench:
-    """A consumer with all that it needs, and what came out of it."""
+class Bench(Client):
+    """A client of a dispatcher with one encoder, and what came out of it."""
 
     def __init__(
         self, encoder: FakeEncoder, estimator: LimitEstimator | None = None, max_rows: int | None = None
     ) -> None:
+        super().__init__()
         self.encoder = encoder
-        self.heap = ChunkHeap()
         self.estimator = estimator if estimator is not None else TokenLimitEstimator(100)
         self.worker = WorkerThread("core-model")
-        self.embedded: list[Chunk] = []
+        self.thread = EncoderThread(encoder, self.estimator, thread=self.worker, max_rows=max_rows)
+        self.dispatcher = Dispatcher([self.thread])
+        self.embedded: list[int] = []
         self.failed: dict[int, str] = {}
-        self.wanted: set[int] | None = None
         self._changed = asyncio.Event()
-        self.consumer = Consumer(
-            encoder,
-            self.heap,
-            self.estimator,
-            max_rows=max_rows,
-            worker=self.worker,
-            on_embedded=self._embedded,
-            on_failed=self._failed,
-            is_wanted=lambda item: self.wanted is None or item.owner in self.wanted,
-        )
 
-    def _embedded(self, batch: Batch, vectors: FloatMatrix) -> None:
-        for item, vector in zip(batch.chunks, vectors, strict=True):
-            assert vector.tolist() == vector_of(item).tolist()
-            self.embedded.append(item)
-        self._changed.set()
-
-    def _failed(self, item: Chunk, reason: str) -> None:
-        assert item.owner not in self.failed
-        self.failed[item.owner] = reason
+    def settled(self, done: Iterable[Work]) -> None:
+        for item in done:
+            number = int(str(item.text))
+            if item.error is None:
+                assert item.embedding is not None
+                assert item.embedding.tolist() == vector_of(item.chunks[0]).tolist()
+                self.embedded.append(number)
+            else:
+                assert number not in self.failed
+                self.failed[number] = item.error
         self._changed.set()
 
     async def until(self, check: Callable[[], bool]) -> None:
-        """Wait for what came out to be as wanted."""
+        """Waits for what came out to be as wanted."""
         while not check():
             self._changed.clear()
             await self._changed.wait()
 
-    async def run(self, items: Iterable[Chunk]) -> None:
-        """Put chunks in and consume them all."""
-        self.heap.push(items)
-        self.consumer.close()
+    def push(self, items: Iterable[Work]) -> None:
+        """Lets texts of nobody who is in a hurry wait."""
+        pushed = list(items)
+        for item in pushed:
+            item.client, item.priority = self, item.priority + BULK
+        self.dispatcher.push(pushed)
+
+    async def run(self, items: Iterable[Work]) -> None:
+        """Puts texts in and embeds them all."""
+        self.push(items)
+        self.dispatcher.close()
         try:
-            await self.consumer.run()
+            await self.dispatcher.run()
         finally:
             await self.worker.aclose()
 
-    def check_all_once(self, items: list[Chunk], failed: Iterable[int] = ()) -> None:
-        """Every chunk was embedded exactly once, but for the texts that failed."""
+    def check_all_once(self, items: list[Work], failed: Iterable[int] = ()) -> None:
+        """Every text was embedded exactly once, but for those that failed."""
         assert set(self.failed) == set(failed)
-        wanted = [id(item) for item in items if item.owner not in self.failed]
-        assert Counter(map(id, self.embedded)) == Counter(wanted)
-        assert len(self.heap) == 0
+        wanted = [int(str(item.text)) for item in items]
+        assert Counter(self.embedded) == Counter(number for number in wanted if number not in self.failed)
+        assert (self.n_chunks, self.n_tokens, self.thread.n_in_hand) == (0, 0, 0)
         assert len(self.encoder.threads) == 1
 
 
@@ -106,10 +106,6 @@ class Step:
         self._go.release(times)
 
 
-def owners(batch: Batch) -> set[int]:
-    return {item.owner for item in batch.chunks}
-
-
 def fails_on(*bad: int) -> Callable[[Batch], Exception | None]:
     """A model that fails on any batch holding one of these texts."""
     return lambda batch: ValueError("bad row") if owners(batch) & set(bad) else None
@@ -120,14 +116,14 @@ def fails_on(*bad: int) -> Callable[[Batch], Exception | None]:
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
 async def test_run_every_chunk_is_embedded_once_with_its_own_vector(slots: int) -> None:
-    bench, items = Bench(FakeEncoder(slots=slots)), chunks([3, 50, 7, 7, 99, 20] * 20)
+    bench, items = Bench(FakeEncoder(slots=slots)), works([3, 50, 7, 7, 99, 20] * 20)
     await bench.run(items)
     bench.check_all_once(items)
     assert bench.encoder.most_under_way == slots
     assert list(map(id, bench.encoder.finished)) == list(map(id, bench.encoder.started))  # in the order of starting
-    done = bench.consumer.statistics
+    done = bench.thread.statistics
     assert (done.batches, done.ooms) == (len(bench.encoder.started), 0)
-    assert done.row_tokens == sum(item.length for item in items)
+    assert done.row_tokens == sum(item.chunks[0].length for item in items)
     assert done.padded_tokens == sum(batch.padded_tokens for batch in bench.encoder.finished)
 
 
@@ -139,7 +135,7 @@ async def test_run_nothing_to_do_ends(slots: int) -> None:
 
 
 async def test_run_max_rows_is_kept() -> None:
-    bench, items = Bench(FakeEncoder(), max_rows=3), chunks([2] * 20)
+    bench, items = Bench(FakeEncoder(), max_rows=3), works([2] * 20)
     await bench.run(items)
     bench.check_all_once(items)
     assert max(len(batch.chunks) for batch in bench.encoder.started) == 3
@@ -147,15 +143,14 @@ async def test_run_max_rows_is_kept() -> None:
 
 @pytest.mark.parametrize("slots", [1, 2])
 async def test_run_chunks_that_come_late_wake_it(slots: int) -> None:
-    bench, items = Bench(FakeEncoder(slots=slots)), chunks([10] * 6)
-    running = asyncio.ensure_future(bench.consumer.run())
+    bench, items = Bench(FakeEncoder(slots=slots)), works([10] * 6)
+    running = asyncio.ensure_future(bench.dispatcher.run())
     for item in items:
-        bench.heap.push([item])
-        bench.consumer.notify()
+        bench.push([item])
         # Even with a slot left, what has begun is finished when nothing more comes.
-        await bench.until(lambda wanted=item: wanted in bench.embedded)
+        await bench.until(lambda wanted=int(str(item.text)): wanted in bench.embedded)
     assert not running.done()
-    bench.consumer.close()
+    bench.dispatcher.close()
     await running
     await bench.worker.aclose()
     bench.check_all_once(items)
@@ -170,11 +165,11 @@ async def test_run_out_of_memory_above_a_size_all_come_out_once_and_the_limit_fa
     slots: int, fail_in_start: bool
 ) -> None:
     encoder = FakeEncoder(slots=slots, capacity=150, fail_in_start=fail_in_start)
-    bench, items = Bench(encoder, TokenLimitEstimator(1000)), chunks([10, 20, 30, 40] * 50)
+    bench, items = Bench(encoder, TokenLimitEstimator(1000)), works([10, 20, 30, 40] * 50)
     await bench.run(items)
     bench.check_all_once(items)
     assert bench.estimator() <= 150
-    ooms = bench.consumer.statistics.ooms
+    ooms = bench.thread.statistics.ooms
     assert 1 <= ooms <= 12
     assert encoder.times_freed == ooms  # once for each failure, never for a batch that passed
 
@@ -182,14 +177,14 @@ async def test_run_out_of_memory_above_a_size_all_come_out_once_and_the_limit_fa
 @pytest.mark.parametrize("slots", [1, 2])
 async def test_run_single_chunk_too_large_fails_alone(slots: int) -> None:
     bench = Bench(FakeEncoder(slots=slots, capacity=100), TokenLimitEstimator(1000))
-    items = chunks([10] * 30 + [300] + [20] * 30)
+    items = works([10] * 30 + [300] + [20] * 30)
     await bench.run(items)
     bench.check_all_once(items, failed=[30])
     assert bench.failed[30] == "a chunk of 300 tokens does not fit into memory even alone"
 
 
 async def test_run_every_chunk_too_large_fails_each_and_never_the_run() -> None:
-    bench, items = Bench(FakeEncoder(capacity=5), TokenLimitEstimator(100)), chunks([10] * (3 * BROKEN_AFTER))
+    bench, items = Bench(FakeEncoder(capacity=5), TokenLimitEstimator(100)), works([10] * (3 * BROKEN_AFTER))
     await bench.run(items)
     bench.check_all_once(items, failed=range(len(items)))
 
@@ -210,7 +205,7 @@ class Stubborn:
 
 @pytest.mark.parametrize("limit", [1000, 0, -3])
 async def test_run_estimator_that_never_changes_its_limit_still_ends(limit: int) -> None:
-    bench, items = Bench(FakeEncoder(capacity=50), Stubborn(limit)), chunks([10, 20, 30] * 30)
+    bench, items = Bench(FakeEncoder(capacity=50), Stubborn(limit)), works([10, 20, 30] * 30)
     await bench.run(items)
     bench.check_all_once(items)
 
@@ -219,7 +214,7 @@ async def test_run_estimator_that_never_changes_its_limit_still_ends(limit: int)
 @pytest.mark.parametrize("slots", [1, 2])
 async def test_run_poison_is_isolated_and_its_neighbours_are_unharmed(slots: int, fail_in_start: bool) -> None:
     encoder = FakeEncoder(slots=slots, error_of=fails_on(17, 60), fail_in_start=fail_in_start)
-    bench, items = Bench(encoder, TokenLimitEstimator(640)), chunks([10] * 100)
+    bench, items = Bench(encoder, TokenLimitEstimator(640)), works([10] * 100)
     await bench.run(items)
     bench.check_all_once(items, failed=[17, 60])
     assert bench.failed[17] == "the model failed on it: ValueError: bad row"
@@ -232,17 +227,16 @@ async def test_run_poison_while_more_keeps_arriving_is_isolated_by_halving(slots
     """The halves are not mixed with what arrives: that would begin the search anew each time."""
     loop, rows, rounds = asyncio.get_running_loop(), 64, 200
     n_pushed, seen, failing = rows, threading.Event(), 0
-    items = chunks([10] * rows)
-    poison = items[rows - 1].owner
+    items = works([10] * rows)
+    poison = rows - 1
 
     def arrive() -> None:
         nonlocal n_pushed
         if n_pushed < rows * rounds:
-            fresh = [chunk(10, owner=n_pushed + number) for number in range(4)]
+            fresh = [work(10, owner=n_pushed + number) for number in range(4)]
             n_pushed += 4
             items.extend(fresh)
-            bench.heap.push(fresh)
-            bench.consumer.notify()
+            bench.push(fresh)
         seen.set()
 
     def on_start(batch: Batch) -> None:  # something arrives while any batch is under way
@@ -258,10 +252,10 @@ async def test_run_poison_while_more_keeps_arriving_is_isolated_by_halving(slots
     bench = Bench(
         FakeEncoder(slots=slots, error_of=fails_on(poison), on_start=on_start), TokenLimitEstimator(10 * rows)
     )
-    bench.heap.push(items)
-    running = asyncio.ensure_future(bench.consumer.run())
+    bench.push(items)
+    running = asyncio.ensure_future(bench.dispatcher.run())
     await bench.until(lambda: poison in bench.failed)
-    bench.consumer.close()
+    bench.dispatcher.close()
     await running
     await bench.worker.aclose()
     bench.check_all_once(items, failed=[poison])
@@ -277,22 +271,22 @@ async def test_run_dead_device_stops_the_run(slots: int, fail_in_start: bool) ->
     )
     bench = Bench(encoder, TokenLimitEstimator(20))
     with pytest.raises(ModelError, match="illegal memory access") as raised:
-        await bench.run(chunks([10] * 40))
+        await bench.run(works([10] * 40))
     assert raised.value.__cause__ is dead
     assert bench.failed == {}
-    assert 5 not in {item.owner for item in bench.embedded}
+    assert 5 not in bench.embedded
 
 
 async def test_run_broken_model_stops_after_a_number_of_chunks() -> None:
     bench = Bench(FakeEncoder(error_of=lambda _: ValueError("no such layer")), TokenLimitEstimator(1000))
     with pytest.raises(ModelError, match=rf"failed on {BROKEN_AFTER} chunks in a row.*ValueError: no such layer"):
-        await bench.run(chunks([10] * 200))
+        await bench.run(works([10] * 200))
     assert len(bench.failed) == BROKEN_AFTER - 1  # the last is not blamed for it
 
 
 async def test_run_many_bad_rows_with_good_ones_between_do_not_stop_it() -> None:
     bad = [number for number in range(400) if number % 4]
-    bench, items = Bench(FakeEncoder(error_of=fails_on(*bad)), TokenLimitEstimator(1000)), chunks([10] * 400)
+    bench, items = Bench(FakeEncoder(error_of=fails_on(*bad)), TokenLimitEstimator(1000)), works([10] * 400)
     await bench.run(items)
     bench.check_all_once(items, failed=bad)
 
@@ -311,11 +305,11 @@ def test_run_any_mix_of_failures_every_chunk_has_one_end(
 ) -> None:
     async def go() -> None:
         encoder = FakeEncoder(slots=slots, capacity=capacity, error_of=fails_on(*bad), fail_in_start=fail_in_start)
-        bench, items = Bench(encoder, TokenLimitEstimator(limit)), chunks(lengths)
+        bench, items = Bench(encoder, TokenLimitEstimator(limit)), works(lengths)
         await bench.run(items)
-        too_large = {item.owner for item in items if item.length > capacity}
-        bench.check_all_once(items, failed=too_large | {item.owner for item in items if item.owner in bad})
-        assert bench.consumer.statistics.row_tokens == sum(item.length for item in bench.embedded)
+        too_large = {owner for owner, length in enumerate(lengths) if length > capacity}
+        bench.check_all_once(items, failed=too_large | {owner for owner in bad if owner < len(lengths)})
+        assert bench.thread.statistics.row_tokens == sum(lengths[owner] for owner in bench.embedded)
 
     asyncio.run(go())
 
@@ -376,8 +370,8 @@ def test_advance_two_slots_keeps_two_under_way_and_finishes_the_oldest() -> None
 
 def test_advance_urgent_batch_is_finished_first_but_the_oldest_is_not_passed_by_for_ever() -> None:
     runner = ModelRunner(FakeEncoder(slots=2))
-    bulk = Batch((chunk(50, owner=0, priority=10),))
-    urgent = [Batch((chunk(3, owner=1 + number, priority=0),)) for number in range(6)]
+    bulk = Batch(work(50, owner=0, priority=10).chunks)
+    urgent = [Batch(work(3, owner=1 + number, priority=0).chunks) for number in range(6)]
     assert runner.advance(bulk) is None
     finished = []
     for batch in urgent:
@@ -400,28 +394,21 @@ async def test_run_cancelled_calls_of_the_model_stay_in_one_thread_and_never_ove
     step = Step()
     encoder = FakeEncoder(slots=slots, on_start=step)
     first = Bench(encoder, TokenLimitEstimator(10))
-    first.heap.push(chunks([10] * 20))
-    running = asyncio.ensure_future(first.consumer.run())
+    first.push(works([10] * 20))
+    running = asyncio.ensure_future(first.dispatcher.run())
     await step.begun()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    second, items = Bench(encoder, TokenLimitEstimator(10)), chunks([10] * 5)  # the next user of the same thread
+    second, items = Bench(encoder, TokenLimitEstimator(10)), works([10] * 5)  # the next user of the same thread
     spare, second.worker = second.worker, first.worker
     await spare.aclose()
-    after = Consumer(
-        encoder,
-        second.heap,
-        second.estimator,
-        max_rows=None,
-        worker=first.worker,
-        on_embedded=second._embedded,
-        on_failed=second._failed,
-    )
-    second.heap.push(items)
-    after.close()
+    second.thread = EncoderThread(encoder, second.estimator, thread=first.worker)
+    second.dispatcher = Dispatcher([second.thread])
+    second.push(items)
+    second.dispatcher.close()
     step.let_go(1000)
-    await after.run()  # an overlap would have failed in the model, as a failed chunk
+    await second.dispatcher.run()  # an overlap would have failed in the model, as a failed chunk
     await first.worker.aclose()
     second.check_all_once(items)
 
@@ -429,8 +416,8 @@ async def test_run_cancelled_calls_of_the_model_stay_in_one_thread_and_never_ove
 async def test_run_cancelled_batch_in_hand_runs_to_its_end_and_what_waits_is_dropped() -> None:
     step = Step()
     bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(10))
-    bench.heap.push(chunks([10] * 20))
-    running = asyncio.ensure_future(bench.consumer.run())
+    bench.push(works([10] * 20))
+    running = asyncio.ensure_future(bench.dispatcher.run())
     await step.begun()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -444,33 +431,30 @@ async def test_run_cancelled_batch_in_hand_runs_to_its_end_and_what_waits_is_dro
 
 
 @pytest.mark.parametrize("slots", [1, 2])
-async def test_drop_unwanted_only_what_has_begun_is_finished(slots: int) -> None:
+async def test_stop_only_what_has_begun_is_finished(slots: int) -> None:
     step = Step()
     bench = Bench(FakeEncoder(slots=slots, on_start=step), TokenLimitEstimator(10))
-    bench.heap.push(chunks([10] * 20))
-    running = asyncio.ensure_future(bench.consumer.run())
+    bench.push(works([10] * 20))
+    running = asyncio.ensure_future(bench.dispatcher.run())
     first = await step.begun()
-    bench.heap.clear()
-    bench.wanted = set()
-    bench.consumer.drop_unwanted()
-    bench.consumer.close()
+    bench.dispatcher.stop(bench)
+    bench.dispatcher.close()
     step.let_go(1000)
     await running
     await bench.worker.aclose()
-    assert list(map(id, bench.embedded)) == [id(item) for item in first.chunks]
+    assert bench.embedded == [owner_of(item) for item in first.chunks]
     assert bench.encoder.started == [first]
 
 
 async def test_notify_ready_batch_with_room_is_chosen_anew() -> None:
     step = Step()
     bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(40))
-    bench.heap.push(chunks([10] * 4))
-    bench.heap.push([chunk(20, owner=50, priority=1)])
-    running = asyncio.ensure_future(bench.consumer.run())
+    bench.push(works([10] * 4))
+    bench.push([work(20, owner=50, priority=1)])
+    running = asyncio.ensure_future(bench.dispatcher.run())
     assert owners(await step.begun()) == {0, 1, 2, 3}
-    bench.heap.push([chunk(20, owner=60, priority=0)])  # urgent, while the later one stands ready alone
-    bench.consumer.notify()
-    bench.consumer.close()
+    bench.push([work(20, owner=60, priority=0)])  # urgent, while the later one stands ready alone
+    bench.dispatcher.close()
     step.let_go(1000)
     await running
     await bench.worker.aclose()
@@ -481,13 +465,12 @@ async def test_notify_ready_batch_with_room_is_chosen_anew() -> None:
 async def test_notify_full_ready_batch_stays_but_for_what_is_more_urgent(arriving: int, then: list[set[int]]) -> None:
     step = Step()
     bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(40))
-    bench.heap.push(chunks([10] * 4))
-    bench.heap.push([chunk(20, owner=50 + number, priority=1) for number in range(2)])
-    running = asyncio.ensure_future(bench.consumer.run())
+    bench.push(works([10] * 4))
+    bench.push([work(20, owner=50 + number, priority=1) for number in range(2)])
+    running = asyncio.ensure_future(bench.dispatcher.run())
     await step.begun()
-    bench.heap.push([chunk(21 if arriving else 19, owner=60, priority=arriving)])
-    bench.consumer.notify()
-    bench.consumer.close()
+    bench.push([work(21 if arriving else 19, owner=60, priority=arriving)])
+    bench.dispatcher.close()
     step.let_go(1000)
     await running
     await bench.worker.aclose()
@@ -497,12 +480,11 @@ async def test_notify_full_ready_batch_stays_but_for_what_is_more_urgent(arrivin
 async def test_notify_rows_at_their_cap_make_a_batch_full() -> None:
     step = Step()
     bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(1000), max_rows=2)
-    bench.heap.push(chunks([10] * 4))
-    running = asyncio.ensure_future(bench.consumer.run())
+    bench.push(works([10] * 4))
+    running = asyncio.ensure_future(bench.dispatcher.run())
     first = await step.begun()
-    bench.heap.push([chunk(10, owner=60)])
-    bench.consumer.notify()
-    bench.consumer.close()
+    bench.push([work(10, owner=60)])
+    bench.dispatcher.close()
     step.let_go(1000)
     await running
     await bench.worker.aclose()
@@ -517,7 +499,7 @@ async def test_run_wrong_number_of_rows_is_not_taken() -> None:
 
     bench = Bench(Short())
     with pytest.raises(ModelError, match=r"shape \(1, \d+\) for 5 rows"):
-        await bench.run(chunks([10] * 5))
+        await bench.run(works([10] * 5))
 
 
 async def test_run_device_that_fails_to_free_memory_still_backs_off() -> None:
@@ -529,7 +511,7 @@ async def test_run_device_that_fails_to_free_memory_still_backs_off() -> None:
     def too_large(batch: Batch) -> Exception | None:
         return RuntimeError("CUDA out of memory. Tried to allocate 2 GiB") if batch.padded_tokens > 40 else None
 
-    bench, items = Bench(Clumsy(error_of=too_large), TokenLimitEstimator(1000)), chunks([10] * 30)
+    bench, items = Bench(Clumsy(error_of=too_large), TokenLimitEstimator(1000)), works([10] * 30)
     await bench.run(items)
     bench.check_all_once(items, failed=[])
 
@@ -554,12 +536,12 @@ def test_run_memory_that_shrinks_and_grows_fails_no_text_and_ends_below_it(
             capacity = capacities[min(number // every, len(capacities) - 1)]
             return MemoryError() if batch.padded_tokens > capacity else None
 
-        bench, items = Bench(FakeEncoder(slots=slots, error_of=error_of), TokenLimitEstimator(limit)), chunks(lengths)
+        bench, items = Bench(FakeEncoder(slots=slots, error_of=error_of), TokenLimitEstimator(limit)), works(lengths)
         await bench.run(items)
         bench.check_all_once(items)
         # Each size of memory costs a halving down to it and a bisection, in every slot and in what stands ready.
         halvings = math.log2(max(2, limit)) + 8
-        assert bench.consumer.statistics.ooms <= len(capacities) * halvings * (slots + 2)
+        assert bench.thread.statistics.ooms <= len(capacities) * halvings * (slots + 2)
 
     asyncio.run(go())
 
@@ -572,6 +554,37 @@ async def test_run_chunk_that_does_not_fit_at_first_is_tried_again_when_memory_i
         tries += 1
         return MemoryError() if tries == 1 else None
 
-    bench, items = Bench(FakeEncoder(error_of=error_of)), chunks([5])
+    bench, items = Bench(FakeEncoder(error_of=error_of)), works([5])
     await bench.run(items)
     bench.check_all_once(items)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=120),
+    slots=st.lists(st.integers(1, 3), min_size=2, max_size=3),
+    capacities=st.tuples(st.integers(60, 300), st.integers(60, 300), st.integers(60, 300)),
+    bad=st.sets(st.integers(0, 119), max_size=BROKEN_AFTER - 1),
+)
+def test_run_several_encoders_share_the_work_and_what_is_tried_again(
+    lengths: list[int], slots: list[int], capacities: tuple[int, int, int], bad: set[int]
+) -> None:
+    async def go() -> None:
+        encoders = [
+            FakeEncoder(slots=n, capacity=capacity, error_of=fails_on(*bad))
+            for n, capacity in zip(slots, capacities, strict=False)
+        ]
+        bench, items = Bench(encoders[0]), works(lengths)
+        threads = [WorkerThread(f"core-model-{number}") for number in range(len(encoders))]
+        encoder_threads = [
+            EncoderThread(encoder, TokenLimitEstimator(200), thread=thread)
+            for encoder, thread in zip(encoders, threads, strict=True)
+        ]
+        bench.dispatcher = Dispatcher(encoder_threads)
+        await bench.run(items)
+        for thread in threads:
+            await thread.aclose()
+        assert set(bench.failed) == {owner for owner in bad if owner < len(lengths)}
+        assert Counter(bench.embedded) == Counter(set(range(len(lengths))) - bad)
+
+    asyncio.run(go())

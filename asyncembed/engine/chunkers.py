@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from asyncembed.chunking import NO_TOKENS, ChunkedText, Chunker
 from asyncembed.encoders import (
     Encoder,
     IdTokenizer,
@@ -19,8 +18,10 @@ from asyncembed.encoders import (
     prompt_of,
     task_of,
 )
+from asyncembed.engine.chunking import NO_TOKENS, Chunker
+from asyncembed.engine.splitting import UnembeddableError
+from asyncembed.engine.work import Work
 from asyncembed.errors import ClosedError, OptionsError
-from asyncembed.lane import Submission
 from asyncembed.options import EmbedOptions
 from asyncembed.records import Chunk, TokenIds, TokenText
 from asyncembed.wording import plural
@@ -43,46 +44,53 @@ class IdChunker:
         room = max_tokens - len(self._prefix) - len(self._suffix) - len(self._prompt)
         self._size = max(1, min(chunker.chunk_size, room))
 
-    def chunk(self, owner: int, text: TokenText, priority: int) -> ChunkedText:
-        """The chunks of a text."""
-        tokenizer, given = self._tokenizer, text.ids
+    def chunk(self, work: Work) -> None:
+        """Cuts a text into chunks, or says in `error` why it cannot be embedded."""
+        work.chunks, work.error, work.n_tokens, work.dropped_tokens, work.unknown_tokens = (), None, 0, 0, 0
+        try:
+            self._chunk(work)
+        except UnembeddableError as error:
+            work.error = str(error)
+
+    def _chunk(self, work: Work) -> None:
+        if not isinstance(work.text, TokenText):
+            raise AssertionError("a text of words is another chunker's: this is a bug")
+        tokenizer, given = self._tokenizer, work.text.ids
         if tokenizer is None:
-            return ChunkedText(error="the tokenizer of this model does not say what token ids mean")
+            raise UnembeddableError("the tokenizer of this model does not say what token ids mean")
         out = (given < 0) | (given >= tokenizer.n_vocabulary)
         if out.any():
-            return ChunkedText(
-                error=f"token id {given[out][0]} is not in the model's vocabulary of {tokenizer.n_vocabulary}"
+            raise UnembeddableError(
+                f"token id {given[out][0]} is not in the model's vocabulary of {tokenizer.n_vocabulary}"
             )
         ids = self._strip(given)
-        n_unknown = int(np.count_nonzero(ids == tokenizer.unknown_id)) if tokenizer.unknown_id is not None else 0
         if not len(ids):
-            return ChunkedText(error=NO_TOKENS)
-        if n_unknown == len(ids):
-            reason = f"the model's vocabulary knows none of the text's {plural(len(ids), 'token')}"
-            return ChunkedText(unknown_tokens=n_unknown, error=reason)
+            raise UnembeddableError(NO_TOKENS)
+        if tokenizer.unknown_id is not None:
+            work.unknown_tokens = int(np.count_nonzero(ids == tokenizer.unknown_id))
+        if work.unknown_tokens == len(ids):
+            raise UnembeddableError(f"the model's vocabulary knows none of the text's {plural(len(ids), 'token')}")
         pieces = self._pieces(ids)
-        if pieces is None:
-            return ChunkedText(error=f"the text has {len(ids)} tokens; a chunk takes {self._size}")
-        chunks = tuple(self._row(tokenizer, (owner, number), piece, priority) for number, piece in enumerate(pieces))
-        n_tokens = sum(map(len, pieces))
-        return ChunkedText(chunks, n_tokens, max(0, len(ids) - n_tokens), n_unknown)
+        work.chunks = tuple(self._row(tokenizer, work, number, piece) for number, piece in enumerate(pieces))
+        work.n_tokens = sum(map(len, pieces))
+        work.dropped_tokens = max(0, len(ids) - work.n_tokens)
 
-    def _pieces(self, ids: TokenIds) -> list[TokenIds] | None:
-        """What fits into a row each; None if a long text is an error."""
+    def _pieces(self, ids: TokenIds) -> list[TokenIds]:
+        """What fits into a row each."""
         if len(ids) <= self._size:
             return [ids]
         if self._chunker.long_texts == "error":
-            return None
+            raise UnembeddableError(f"the text has {len(ids)} tokens; a chunk takes {self._size}")
         if self._chunker.long_texts == "truncate":
             return [ids[: self._size]]
         overlap = min(self._chunker.chunk_overlap, self._size - 1)
         starts = range(0, len(ids) - overlap, self._size - overlap)
         return [ids[start : start + self._size] for start in starts]
 
-    def _row(self, tokenizer: IdTokenizer, place: tuple[int, int], piece: TokenIds, priority: int) -> Chunk:
+    def _row(self, tokenizer: IdTokenizer, work: Work, ordinal: int, piece: TokenIds) -> Chunk:
         ids = np.concatenate((self._prefix, self._prompt, piece, self._suffix)).astype(np.int32, copy=False)
         text = tokenizer.decode(piece.tolist())
-        return Chunk(*place, text, 0, ids, len(piece), priority, self._chunker.prompt, self._chunker.task)
+        return Chunk(work, ordinal, text, 0, ids, len(piece), self._chunker.prompt, self._chunker.task)
 
     def _strip(self, ids: TokenIds) -> TokenIds:
         """Without the special tokens of a whole row, if it has them at both ends."""
@@ -111,37 +119,30 @@ class InstructionChunkers:
         task = getattr(encoder, "first_task", None) if options.task is None else task_of(encoder, options.task)
         self.chunk_size = self._chunker(Instruction(prompt, task)).chunk_size
 
-    def __call__(self, submissions: Sequence[Submission]) -> list[ChunkedText]:
-        """Chunks of the texts: one result each, in order. An instruction that leaves no room fails its texts."""
-        if len({item.instruction for item in submissions}) == 1:
-            return self._chunk(submissions[0].instruction, submissions)
-        groups: dict[Instruction, list[int]] = {}
-        for position, item in enumerate(submissions):
-            groups.setdefault(item.instruction, []).append(position)
-        results: list[ChunkedText] = [ChunkedText()] * len(submissions)
-        for instruction, positions in groups.items():
-            found = self._chunk(instruction, [submissions[position] for position in positions])
-            for position, result in zip(positions, found, strict=True):
-                results[position] = result
-        return results
+    def __call__(self, works: Sequence[Work]) -> None:
+        """Cuts the texts into chunks. An instruction that leaves no room fails its texts."""
+        groups: dict[Instruction, list[Work]] = {}
+        for work in works:
+            groups.setdefault(work.instruction, []).append(work)
+        for instruction, group in groups.items():
+            self._chunk(instruction, group)
 
-    def _chunk(self, instruction: Instruction, submissions: Sequence[Submission]) -> list[ChunkedText]:
+    def _chunk(self, instruction: Instruction, works: Sequence[Work]) -> None:
         try:
             chunker = self._chunker(instruction)
         except MemoryError:
             raise
         except Exception as error:
             reason = str(error) if isinstance(error, OptionsError) else f"the tokenizer refused the prompt: {error}"
-            return [ChunkedText(error=reason)] * len(submissions)
-        texts = [(item.owner, item.text, item.priority) for item in submissions if isinstance(item.text, str)]
-        found = iter(chunker.chunk(texts) if texts else [])
-        if len(texts) == len(submissions):
-            return list(found)
-        rows = IdChunker(*self._input(instruction.task), chunker)
-        return [
-            next(found) if isinstance(item.text, str) else rows.chunk(item.owner, item.text, item.priority)
-            for item in submissions
-        ]
+            for work in works:
+                work.error = reason
+            return
+        if texts := [work for work in works if isinstance(work.text, str)]:
+            chunker.chunk(texts)
+        if given := [work for work in works if not isinstance(work.text, str)]:
+            rows = IdChunker(*self._input(instruction.task), chunker)
+            for work in given:
+                rows.chunk(work)
 
     def _input(self, task: str | None) -> tuple[Tokenizer, int]:
         """Tokenizer and longest row of a task."""
@@ -181,41 +182,34 @@ class LongTextChunkers:
         self._encoder = encoder
         self._options = options
         self._chunkers: InstructionChunkers | None = None
-        self._is_wanted: Callable[[], bool] = _always
+        self._work: Work | None = None
 
-    def __call__(self, item: Submission, is_wanted: Callable[[], bool]) -> ChunkedText:
-        """Chunks of the text; of one that is given up no more than an error, which nobody is told."""
+    def __call__(self, works: Sequence[Work]) -> None:
+        """Cuts the texts into chunks; one that is given up gets no more than an error, which nobody is told."""
         if self._chunkers is None:
-            self._chunkers = InstructionChunkers(self._encoder, self._options, self._abandonable)
-        self._is_wanted = is_wanted
-        try:
-            return self._chunkers([item])[0]
-        finally:
-            self._is_wanted = _always
+            self._chunkers = InstructionChunkers(self._encoder, self._options, lambda it: _Abandonable(it, self))
+        for work in works:
+            self._work = work
+            self._chunkers([work])
+        self._work = None
 
-    def _abandonable(self, tokenizer: Tokenizer) -> Tokenizer:
-        return _Abandonable(tokenizer, lambda: self._is_wanted())
+    def check(self) -> None:
+        """Gives up a text that nobody waits for any more."""
+        if self._work is not None and not self._work.is_wanted:
+            raise ClosedError("nobody waits for this text any more")
 
 
 class _Abandonable:
     """A tokenizer that refuses to go on when nobody waits for what it does."""
 
-    def __init__(self, tokenizer: Tokenizer, is_wanted: Callable[[], bool]) -> None:
+    def __init__(self, tokenizer: Tokenizer, chunkers: LongTextChunkers) -> None:
         self._tokenizer = tokenizer
-        self._is_wanted = is_wanted
+        self._chunkers = chunkers
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
-        self._check()
+        self._chunkers.check()
         return self._tokenizer.tokenize(texts)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        self._check()
+        self._chunkers.check()
         return self._tokenizer.spans(text)
-
-    def _check(self) -> None:
-        if not self._is_wanted():
-            raise ClosedError("nobody waits for this text any more")
-
-
-def _always() -> bool:
-    return True

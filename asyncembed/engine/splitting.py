@@ -21,8 +21,8 @@ _MEMO_CHARS = 24
 _MEMO_ENTRIES = 1 << 16
 
 
-class UncuttableError(Exception):
-    """A piece of one character is still longer than a chunk."""
+class UnembeddableError(Exception):
+    """Why a text cannot be embedded, for a person."""
 
 
 class TextSplitter(Protocol):
@@ -116,10 +116,10 @@ def cut_between_tokens(tokenizer: Tokenizer, part: str, n_tokens: int, chunk_siz
     Cut out of its place a piece may have some tokens more: it is cut again then, in halves.
 
     Raises:
-        UncuttableError: It is a single character.
+        UnembeddableError: It is a single character.
     """
     if len(part) < 2:
-        raise UncuttableError(f"one character has {n_tokens} tokens; a chunk takes {chunk_size}")
+        raise UnembeddableError(f"one character has {n_tokens} tokens; a chunk takes {chunk_size}")
     starts = [start for start, _ in tokenizer.spans(part)]
     step = chunk_size if len(starts) > chunk_size else max(1, n_tokens // 2)
     inner = sorted({start for start in starts[step::step] if 0 < start < len(part)})

@@ -12,94 +12,72 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from asyncembed.encoders.base import Tokenized, Tokenizer
 from asyncembed.encoders.failures import FailureKind, classify
-from asyncembed.errors import OptionsError
-from asyncembed.options import Blanks, LongTexts
-from asyncembed.records import Chunk
-from asyncembed.splitting import (
+from asyncembed.engine.splitting import (
     SECTION_CHARS,
     TextSplitter,
     TokenCounter,
-    UncuttableError,
+    UnembeddableError,
     cut_between_tokens,
     default_splitter,
     head_of,
     sections,
 )
+from asyncembed.engine.work import Work
+from asyncembed.errors import OptionsError
+from asyncembed.options import Blanks, LongTexts
+from asyncembed.records import Chunk, TokenIds
 from asyncembed.wording import plural
 
 logger = logging.getLogger("asyncembed")
 
-T = TypeVar("T")
-
 _DOES_NOT_FIT = "the text does not fit into memory while it is cut into chunks"
 
 
-def chunk_backing_off(
-    chunk: Callable[[Sequence[T]], Sequence[ChunkedText]], texts: Sequence[T]
-) -> Sequence[ChunkedText]:
-    """`chunk(texts)`: one result each, in order.
+def chunk_backing_off(chunk: Callable[[Sequence[Work]], None], works: Sequence[Work]) -> None:
+    """`chunk(works)`, which cuts them into chunks.
 
-    Out of memory, the texts are tried in halves; one that does not fit alone, tried twice, is a failed text.
+    Out of memory, they are tried in halves; one that does not fit alone, tried twice, is a failed text.
     """
-    found = _try(chunk, texts)
-    if found is not None:
-        return found
-    logger.info("out of memory while tokenising %s; trying smaller groups", plural(len(texts), "text"))
-    gc.collect()  # once: it takes a tenth of a second where torch is loaded
-    return _in_parts(chunk, texts)
+    if not _fits(chunk, works):
+        logger.info("out of memory while tokenising %s; trying smaller groups", plural(len(works), "text"))
+        gc.collect()  # once: it takes a tenth of a second where torch is loaded
+        _chunk_in_parts(chunk, works)
 
 
-def _try(chunk: Callable[[Sequence[T]], Sequence[ChunkedText]], texts: Sequence[T]) -> Sequence[ChunkedText] | None:
-    """The chunks, or None if memory ran out: by then all that was made of the texts is given back."""
+def _fits(chunk: Callable[[Sequence[Work]], None], works: Sequence[Work]) -> bool:
+    """Cuts them into chunks, or, if memory ran out, gives back all that was made of them."""
     try:
-        return chunk(texts)
+        chunk(works)
     except Exception as error:
         if classify(error) is not FailureKind.OUT_OF_MEMORY:
             raise
-    return None
+    else:
+        return True
+    for work in works:
+        work.chunks = ()
+    return False
 
 
-def _in_parts(chunk: Callable[[Sequence[T]], Sequence[ChunkedText]], texts: Sequence[T]) -> Sequence[ChunkedText]:
-    middle = len(texts) // 2
+def _chunk_in_parts(chunk: Callable[[Sequence[Work]], None], works: Sequence[Work]) -> None:
+    middle = len(works) // 2
     if middle == 0:
-        return _try(chunk, texts) or [ChunkedText(error=_DOES_NOT_FIT)]
-    results: list[ChunkedText] = []
-    for part in (texts[:middle], texts[middle:]):
-        results += _try(chunk, part) or _in_parts(chunk, part)
-    return results
+        if not _fits(chunk, works):
+            works[0].error = _DOES_NOT_FIT
+        return
+    for part in (works[:middle], works[middle:]):
+        if not _fits(chunk, part):
+            _chunk_in_parts(chunk, part)
 
-
-__all__ = ["ChunkedText", "Chunker", "TokenCounter"]
 
 NO_TOKENS = "the text has no tokens"
 
 _PROBE_TEXT = "One sentence, and another one. A line\nand a paragraph\n\n" * 60
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkedText:
-    """What became of a text.
-
-    Attributes:
-        chunks: In order; empty if `error` is set.
-        n_tokens: Tokens of the chunks, without special tokens and prompt.
-        dropped_tokens: Tokens cut off by `long_texts="truncate"`.
-        unknown_tokens: Tokens that the model's vocabulary does not know.
-        error: Why the text cannot be embedded; None if it can.
-    """
-
-    chunks: tuple[Chunk, ...] = ()
-    n_tokens: int = 0
-    dropped_tokens: int = 0
-    unknown_tokens: int = 0
-    error: str | None = None
 
 
 class Chunker:
@@ -165,19 +143,23 @@ class Chunker:
             self._ask_always = not counts_tokens
             self._fits = min(self.chunk_size, getattr(splitter, "_chunk_size", self.chunk_size))
 
-    def chunk(self, texts: Sequence[tuple[int, str, int]]) -> list[ChunkedText]:
-        """Chunks of a micro-batch of texts, given as (owner, text, priority): one result each, in order."""
-        tokenized = iter(self._tokenize([text for _, text, _ in texts if len(text) <= SECTION_CHARS]))
-        results: list[ChunkedText] = []
-        for owner, text, priority in texts:
+    def chunk(self, works: Sequence[Work]) -> None:
+        """Cuts a micro-batch of texts into chunks, or says in `error` why one cannot be embedded."""
+        tokenized = iter(self._tokenize([str(work.text) for work in works if len(work.text) <= SECTION_CHARS]))
+        for work in works:
+            work.chunks, work.error, work.n_tokens, work.dropped_tokens, work.unknown_tokens = (), None, 0, 0, 0
+            text = str(work.text)
             found = next(tokenized) if len(text) <= SECTION_CHARS else None
-            if found is None:
-                results.append(self._chunk_very_long(owner, text, priority))
-            elif isinstance(found, str):
-                results.append(ChunkedText(error=found))
-            else:
-                results.append(self._chunk_one(owner, text, priority, found))
-        return results
+            try:
+                # 1. too long to be tokenised as a whole   2. refused   3. any other
+                if found is None:
+                    _refusing(self._chunk_very_long, work, text)
+                elif isinstance(found, str):
+                    work.error = found
+                else:
+                    self._chunk_one(work, text, found)
+            except UnembeddableError as error:
+                work.error = str(error)
 
     def fingerprint(self) -> dict[str, Any]:
         """What of the chunking changes a vector: settings, and the splitter's class, attributes and its work."""
@@ -216,57 +198,61 @@ class Chunker:
             return list(tokenized)
         return [found._replace(n_unknown=max(0, found.n_unknown - self._n_prompt_unknown)) for found in tokenized]
 
-    def _chunk_one(self, owner: int, text: str, priority: int, found: Tokenized) -> ChunkedText:
+    def _chunk_one(self, work: Work, text: str, found: Tokenized) -> None:
         n_tokens = found.n_content - self._n_prompt
         if self._n_prompt and n_tokens <= 0 < self.count(text):
             n_tokens = 1  # the prompt's last letters and the text make one token
+        work.unknown_tokens = found.n_unknown
+        # 1. blank   2. all unknown   3. a chunk   4. several   5. a chunk, by another measure   6. too long
         if not text.strip() or (n_tokens <= 0 and not found.n_unknown):
-            return self._chunk_blank(owner, text, priority, found)
-        if found.n_unknown >= n_tokens:
-            return _all_unknown(found.n_unknown, n_tokens if n_tokens > 0 else None)
-        if n_tokens <= self._fits and not self._ask_always:
-            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority, self.prompt, self.task)
-            return ChunkedText((chunk,), n_tokens, unknown_tokens=found.n_unknown)
-        if self.long_texts == "average":
-            return self._split(owner, text, priority)
-        if n_tokens <= self.chunk_size:
-            chunk = Chunk(owner, 0, text, 0, found.ids, n_tokens, priority, self.prompt, self.task)
-            return ChunkedText((chunk,), n_tokens, unknown_tokens=found.n_unknown)
-        if self.long_texts == "error":
-            return ChunkedText(error=f"the text has {n_tokens} tokens; a chunk takes {self.chunk_size}")
-        return self._truncate(owner, text, priority, found)
+            self._chunk_blank(work, text, found)
+        elif found.n_unknown >= n_tokens:
+            raise _all_unknown(found.n_unknown if n_tokens <= 0 else n_tokens)
+        elif n_tokens <= self._fits and not self._ask_always:
+            self._one_row(work, text, found.ids, n_tokens)
+        elif self.long_texts == "average":
+            _refusing(self._split, work, text)
+        elif n_tokens <= self.chunk_size:
+            self._one_row(work, text, found.ids, n_tokens)
+        elif self.long_texts == "error":
+            work.unknown_tokens = 0
+            raise UnembeddableError(f"the text has {n_tokens} tokens; a chunk takes {self.chunk_size}")
+        else:
+            work.dropped_tokens = n_tokens - self.chunk_size
+            self._one_row(work, text, self._truncated(found), self.chunk_size, is_cut=True)
 
-    def _chunk_blank(self, owner: int, text: str, priority: int, found: Tokenized) -> ChunkedText:
+    def _one_row(self, work: Work, text: str, ids: TokenIds, n_tokens: int, *, is_cut: bool = False) -> None:
+        work.chunks = (Chunk(work, 0, text, 0, ids, n_tokens, self.prompt, self.task, is_cut),)
+        work.n_tokens = n_tokens
+
+    def _chunk_blank(self, work: Work, text: str, found: Tokenized) -> None:
+        work.unknown_tokens = 0
         if self.blanks == "error" or not len(found.ids):
-            return ChunkedText(error=NO_TOKENS)
-        if found.n_content - self._n_prompt > self.chunk_size:  # blanks are tokens to some
-            found = found._replace(ids=self._truncate(owner, text, priority, found).chunks[0].ids)
-        return ChunkedText((Chunk(owner, 0, text, 0, found.ids, 0, priority, self.prompt, self.task),))
+            raise UnembeddableError(NO_TOKENS)
+        is_long = found.n_content - self._n_prompt > self.chunk_size  # blanks are tokens to some
+        self._one_row(work, text, self._truncated(found) if is_long else found.ids, 0)
 
-    def _chunk_very_long(self, owner: int, text: str, priority: int) -> ChunkedText:
-        """A text that is tokenised in sections, never as a whole."""
-        try:
-            n_unknown = self._count_if_unknown(text)
-            if n_unknown == 0:
-                return self._chunk_blank(owner, text, priority, self._tokenize_prompted([""])[0])
-            if n_unknown is not None:
-                return _all_unknown(n_unknown)
-            if self.long_texts == "average":
-                return self._split(owner, text, priority)
-            counts = [(section, self.count(section)) for section in sections(text)]
-            n_tokens = sum(count for _, count in counts)
-            if self.long_texts == "error" and n_tokens > self.chunk_size:
-                return ChunkedText(error=f"the text has {n_tokens} tokens; a chunk takes {self.chunk_size}")
-            head, n_head = head_of(counts, self.chunk_size)
-            if self.long_texts == "error" and n_head < n_tokens:
-                return ChunkedText(error=f"the text has {len(text)} characters, and only {plural(n_tokens, 'token')}")
-            found = self._tokenize_prompted([head])[0]
-        except MemoryError:
-            raise
-        except Exception as error:
-            return ChunkedText(error=_refusal(text, error))
-        chunked = self._chunk_one(owner, head, priority, found)
-        return replace(chunked, dropped_tokens=chunked.dropped_tokens + n_tokens - n_head)
+    def _chunk_very_long(self, work: Work, text: str) -> None:
+        """Chunks a text that is tokenised in sections, never as a whole."""
+        n_unknown = self._count_if_unknown(text)
+        if n_unknown == 0:
+            self._chunk_blank(work, text, self._tokenize_prompted([""])[0])
+            return
+        if n_unknown is not None:
+            work.unknown_tokens = n_unknown
+            raise _all_unknown(n_unknown)
+        if self.long_texts == "average":
+            self._split(work, text)
+            return
+        counts = [(section, self.count(section)) for section in sections(text)]
+        n_tokens = sum(count for _, count in counts)
+        if self.long_texts == "error" and n_tokens > self.chunk_size:
+            raise UnembeddableError(f"the text has {n_tokens} tokens; a chunk takes {self.chunk_size}")
+        head, n_head = head_of(counts, self.chunk_size)
+        if self.long_texts == "error" and n_head < n_tokens:
+            raise UnembeddableError(f"the text has {len(text)} characters, and only {plural(n_tokens, 'token')}")
+        self._chunk_one(work, head, self._tokenize_prompted([head])[0])
+        work.dropped_tokens += n_tokens - n_head
 
     def _count_if_unknown(self, text: str) -> int | None:
         """Tokens of a very long text if all are unknown; None as soon as one is known, which most texts begin with."""
@@ -280,28 +266,15 @@ class Chunker:
             n_unknown += found.n_content
         return n_unknown
 
-    def _truncate(self, owner: int, text: str, priority: int, found: Tokenized) -> ChunkedText:
+    def _truncated(self, found: Tokenized) -> TokenIds:
         """The first tokens, the special ones kept at both ends: what the model's own truncation gives."""
         keep = found.n_prefix + self._n_prompt + self.chunk_size
-        suffix = found.ids[len(found.ids) - found.n_suffix :]
-        ids = np.concatenate((found.ids[:keep], suffix))
-        dropped = found.n_content - self._n_prompt - self.chunk_size
-        chunk = Chunk(owner, 0, text, 0, ids, self.chunk_size, priority, self.prompt, self.task, is_cut=True)
-        return ChunkedText((chunk,), self.chunk_size, dropped, found.n_unknown)
+        cut: TokenIds = np.concatenate((found.ids[:keep], found.ids[len(found.ids) - found.n_suffix :]))
+        return cut
 
-    def _split(self, owner: int, text: str, priority: int) -> ChunkedText:
-        try:
-            return self._split_into_chunks(owner, text, priority)
-        except MemoryError:
-            raise
-        except UncuttableError as error:
-            return ChunkedText(error=str(error))
-        except Exception as error:
-            return ChunkedText(error=_refusal(text, error))
-
-    def _split_into_chunks(self, owner: int, text: str, priority: int) -> ChunkedText:
+    def _split(self, work: Work, text: str) -> None:
         chunks: list[Chunk] = []
-        at, unknown = 0, 0
+        at = work.unknown_tokens = 0
         for piece in self._pieces(text):
             start = text.find(piece, at)
             if start < 0:
@@ -311,15 +284,15 @@ class Chunker:
             for offset, part, found in self._fitting(piece):
                 n_tokens = found.n_content - self._n_prompt
                 if n_tokens > 0:
-                    unknown += found.n_unknown
-                    place = (owner, len(chunks), part, start + offset)
-                    chunks.append(Chunk(*place, found.ids, n_tokens, priority, self.prompt, self.task))
-        n_tokens = sum(chunk.n_tokens for chunk in chunks)
+                    work.unknown_tokens += found.n_unknown
+                    place = (work, len(chunks), part, start + offset)
+                    chunks.append(Chunk(*place, found.ids, n_tokens, self.prompt, self.task))
         if not chunks:
-            return ChunkedText(error="the splitter left nothing of the text")
-        if unknown >= n_tokens:
-            return _all_unknown(unknown, n_tokens)
-        return ChunkedText(tuple(chunks), n_tokens, unknown_tokens=unknown)
+            raise UnembeddableError("the splitter left nothing of the text")
+        n_tokens = sum(chunk.n_tokens for chunk in chunks)
+        if work.unknown_tokens >= n_tokens:
+            raise _all_unknown(n_tokens)
+        work.chunks, work.n_tokens = tuple(chunks), n_tokens
 
     def _pieces(self, text: str) -> list[str]:
         splitter = self._splitter
@@ -366,11 +339,18 @@ class Chunker:
         return fitting
 
 
-def _all_unknown(n_unknown: int, n_tokens: int | None = None) -> ChunkedText:
-    n_tokens = n_unknown if n_tokens is None else n_tokens
-    return ChunkedText(
-        unknown_tokens=n_unknown, error=f"the model's vocabulary knows none of the text's {plural(n_tokens, 'token')}"
-    )
+def _refusing(cut: Callable[[Work, str], None], work: Work, text: str) -> None:
+    """Cuts a text; what tokenizer or splitter raise is about the text."""
+    try:
+        cut(work, text)
+    except (MemoryError, UnembeddableError):
+        raise
+    except Exception as error:
+        raise UnembeddableError(_refusal(text, error)) from error
+
+
+def _all_unknown(n_tokens: int) -> UnembeddableError:
+    return UnembeddableError(f"the model's vocabulary knows none of the text's {plural(n_tokens, 'token')}")
 
 
 def _refusal(text: str, error: Exception) -> str:

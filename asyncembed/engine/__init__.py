@@ -1,0 +1,1 @@
+"""Texts in, vectors out: chunking, the heap, the scheduler, the model's thread, and the limits that they keep to."""

@@ -1,0 +1,221 @@
+"""The model's thread: batches in, outcomes out, as many under way as the encoder takes, and one more ready."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from asyncembed.encoders.base import Encoder, FloatMatrix
+from asyncembed.encoders.failures import FailureKind, classify
+from asyncembed.engine.scheduler import EncoderState, LimitEstimator, Scheduler, priority_of
+from asyncembed.engine.work import Client
+from asyncembed.errors import ModelError
+from asyncembed.records import Batch
+from asyncembed.threads import WorkerThread
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What became of a batch in the model's thread.
+
+    Attributes:
+        batch: The batch.
+        vectors: Shape `(rows, dim)` float32; None if it failed.
+        seconds: From the end of the batch before it, or from its own start if the model was idle then, to its end.
+            Of batches that overlap the sum over all is the time that the model was busy.
+        kind: What kind of failure it was.
+        error: The failure.
+    """
+
+    batch: Batch
+    vectors: FloatMatrix | None
+    seconds: float
+    kind: FailureKind | None = None
+    error: BaseException | None = None
+
+
+class ModelRunner:
+    """The work of the model's thread: batches in, outcomes out, as many under way as the encoder has slots."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._under_way: deque[tuple[Batch, object, float]] = deque()
+        self._fatal: Exception | None = None
+        self._n_passed = 0
+        self._ended = 0.0
+
+    def advance(self, batch: Batch | None) -> Outcome | None:
+        """Start `batch`, and finish one under way if all slots are taken or there is nothing to start.
+
+        That is the oldest of the most urgent: a device that runs several batches at once is soon done with a small
+        urgent one, which must not wait for large ones that began before it. The oldest of all is passed by no more
+        often than there are slots.
+        """
+        if batch is not None:
+            started = time.perf_counter()
+            if self._fatal is not None:  # the device's context is dead: nothing it would give can be trusted
+                return Outcome(batch, None, 0.0, FailureKind.FATAL, self._fatal)
+            try:
+                handle = self._encoder.start(batch)
+            except Exception as error:
+                failed = error
+            else:
+                self._under_way.append((batch, handle, started))
+                if len(self._under_way) < self._encoder.slots:
+                    return None
+                return self._finish_next()
+            return self._failure(batch, failed, started)
+        return self._finish_next() if self._under_way else None
+
+    def _choose(self) -> int:
+        """The place of the batch to finish."""
+        if self._n_passed >= self._encoder.slots:
+            return 0
+        urgency = [priority_of(batch) for batch, _, _ in self._under_way]
+        return urgency.index(min(urgency))
+
+    def _finish_next(self) -> Outcome:
+        place = self._choose()
+        self._n_passed = self._n_passed + 1 if place else 0
+        batch, handle, started = self._under_way[place]
+        del self._under_way[place]
+        try:
+            vectors = np.asarray(self._encoder.finish(handle), np.float32)
+            if vectors.shape[:1] != (len(batch.chunks),) or vectors.ndim != 2:
+                raise ModelError(f"the encoder returned shape {vectors.shape} for {len(batch.chunks)} rows")
+        except Exception as error:
+            failed = error
+        else:
+            return Outcome(batch, vectors, self._end(started))
+        del handle
+        return self._failure(batch, failed, started)
+
+    def _failure(self, batch: Batch, error: Exception, started: float) -> Outcome:
+        """Called outside the `except` block, whose traceback would keep the batch's tensors alive."""
+        kind = FailureKind.FATAL if isinstance(error, ModelError) else classify(error)
+        if kind is FailureKind.FATAL:
+            self._fatal = error
+        if kind is FailureKind.OUT_OF_MEMORY:
+            traceback.clear_frames(error.__traceback__)
+            error.__traceback__ = error.__context__ = error.__cause__ = None
+            try:
+                self._encoder.free_memory()
+            except Exception as failed:  # the device may be beyond help: what it says then counts
+                if classify(failed) is FailureKind.FATAL:
+                    self._fatal, kind, error = failed, FailureKind.FATAL, failed
+        return Outcome(batch, None, self._end(started), kind, error)
+
+    def _end(self, started: float) -> float:
+        """Seconds of a batch that ends now."""
+        begun, self._ended = max(started, self._ended), time.perf_counter()
+        return self._ended - begun
+
+
+@dataclass(slots=True)
+class EncoderStatistics:
+    """Totals since the start; tokens include prompt and special tokens."""
+
+    batches: int = 0
+    ooms: int = 0
+    row_tokens: int = 0
+    padded_tokens: int = 0
+    model_seconds: float = 0.0
+
+
+class _Submitted(NamedTuple):
+    """A batch given to the model's thread."""
+
+    batch: Batch
+    future: Future[Outcome | None]
+
+
+class EncoderThread:
+    """One encoder with the thread that owns it, and the batches that are on their way to it and in it."""
+
+    def __init__(
+        self, encoder: Encoder, estimator: LimitEstimator, *, thread: WorkerThread, max_rows: int | None = None
+    ) -> None:
+        self.encoder = encoder
+        self.state = EncoderState(estimator, max_rows)
+        self.statistics = EncoderStatistics()
+        self.thread = thread
+        self.wake = asyncio.Event()
+        self._runner = ModelRunner(encoder)
+        self._in_model: dict[int, Batch] = {}
+        self._submitted: deque[_Submitted] = deque()
+
+    def __repr__(self) -> str:
+        return f"<EncoderThread submitted={len(self._submitted)} in_model={len(self._in_model)} {self.state!r}>"
+
+    @property
+    def n_in_hand(self) -> int:
+        """Batches that are on their way to the model or in it."""
+        return len(self._in_model) + len(self._submitted)
+
+    def holds(self, client: Client) -> bool:
+        """Whether chunks of a client are in a batch in hand."""
+        batches = [*self._in_model.values(), *(item.batch for item in self._submitted)]
+        return any(chunk.work.client is client for batch in batches for chunk in batch.chunks)
+
+    def submit_more(self, scheduler: Scheduler) -> None:
+        """Keeps all slots of the encoder busy, and one batch ready."""
+        slots = self.encoder.slots
+        while self.n_in_hand <= slots:
+            batch = scheduler.next_batch(self.state, slots - self.n_in_hand)
+            if batch is None:
+                return
+            future = self.thread.submit(self._runner.advance, batch)
+            self._submitted.append(_Submitted(batch, future))
+            loop = asyncio.get_running_loop()
+            future.add_done_callback(lambda _, loop=loop: _call_soon(loop, self.wake.set))  # type: ignore[misc]
+
+    async def next_outcome(self) -> Outcome | None:
+        """The next batch that ended; None if there is none to wait for, or something else has changed."""
+        if self._submitted and self._submitted[0].future.done():
+            first = self._submitted.popleft()
+            self._in_model[id(first.batch)] = first.batch
+            outcome = first.future.result()
+        elif not self._submitted and self._in_model:
+            outcome = await self.thread.run(self._runner.advance, None)
+        else:
+            await self.wake.wait()
+            self.wake.clear()
+            return None
+        if outcome is not None:
+            del self._in_model[id(outcome.batch)]
+        return outcome
+
+    def notify(self, scheduler: Scheduler) -> None:
+        """Chunks have arrived: a batch that is only kept ready is chosen anew if that is worth it."""
+        if self._submitted:
+            last = self._submitted[-1].batch
+            is_spare = self.n_in_hand > self.encoder.slots and not scheduler.is_full(self.state, last)
+            if is_spare or scheduler.is_urgent_beside(last):
+                self.withdraw(scheduler)
+        self.wake.set()
+
+    def withdraw_unwanted(self, scheduler: Scheduler) -> None:
+        """Takes batches back that have not begun, if nobody waits for some of their chunks any more."""
+        submitted = [chunk for item in self._submitted for chunk in item.batch.chunks]
+        if any(not chunk.work.is_wanted for chunk in submitted):
+            self.withdraw(scheduler)
+        self.wake.set()
+
+    def withdraw(self, scheduler: Scheduler) -> None:
+        """Takes back batches that have not begun."""
+        while self._submitted and self._submitted[-1].future.cancel():
+            scheduler.put_back(self.state, self._submitted.pop().batch)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # the loop was closed while the last call ran: nobody is left to be woken
+        loop.call_soon_threadsafe(callback)
