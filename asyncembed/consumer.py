@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -268,7 +267,7 @@ class Consumer:
         if outcome.vectors is not None:
             if self._scheduler.succeeded(batch):
                 # A small batch is no sample of the speed of the size in use.
-                self._estimator.succeed(batch.padded_tokens, inf if batch.is_small else outcome.seconds)
+                self._estimator.succeed(batch.padded_tokens, None if batch.is_small else outcome.seconds)
                 self.statistics.batches += 1
                 self.statistics.row_tokens += batch.row_tokens
                 self.statistics.padded_tokens += batch.padded_tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -138,7 +137,11 @@ class PipelineSteps:
         self._scheduler = Scheduler(self._heap, estimator, max_rows=max_rows, is_wanted=self._is_wanted)
         self._in_hand: dict[Chunk, None] = {}
         self._is_small = False
-        self._last: tuple[Sequence[Chunk], FloatMatrix, float] = ((), np.empty((0, encoder.dim), np.float32), 0.0)
+        self._last: tuple[Sequence[Chunk], FloatMatrix, float | None] = (
+            (),
+            np.empty((0, encoder.dim), np.float32),
+            None,
+        )
         self._intake = StepIntake(max_bytes, self._life_of, self._reject)
         self._leaders: dict[str, Pending] = {}
         self._finished: deque[Pending] = deque()
@@ -193,7 +196,7 @@ class PipelineSteps:
         outcome = self._run(batch)
         if outcome.vectors is not None:
             # A small batch is no sample of the speed of the size in use.
-            seconds = inf if self._is_small or len(chunks) < len(self._in_hand) else outcome.seconds
+            seconds = None if self._is_small or len(chunks) < len(self._in_hand) else outcome.seconds
             self._last = (batch.chunks, outcome.vectors.copy(), seconds)
             self._scheduler.succeeded(batch)
             self._record(batch.chunks, outcome.vectors)

@@ -45,6 +45,13 @@ def batch_of(n_tokens: int) -> Batch:
     return Batch((chunk(n_tokens),))
 
 
+def gpu() -> FakeEncoder:
+    """A model on a GPU that shares the process's memory: its fastest size is searched for, and a batch may kill."""
+    encoder = FakeEncoder()
+    encoder.device = "mps"
+    return encoder
+
+
 # --- the file ---
 
 
@@ -170,22 +177,22 @@ def test_keeper_begins_with_what_an_earlier_run_learnt(file: LimitFile) -> None:
 
 
 def test_keeper_settled_size_is_used_at_once_and_never_searched_again(file: LimitFile) -> None:
-    first = LimitKeeper(FakeEncoder(), file=file, clock=lambda: 1000.0)
+    first = LimitKeeper(gpu(), file=file, clock=lambda: 1000.0)
     for _ in range(300):
         n_tokens = first.estimator()
-        first.estimator.succeed(n_tokens, max(n_tokens, 4096**2 / n_tokens))  # 4,096 and more are as good
+        first.estimator.succeed(n_tokens, max(n_tokens, 65_536**2 / n_tokens))  # 65,536 and more are as good
     first.close()
     best = first.estimator()
-    assert best == 4096
-    second = LimitKeeper(FakeEncoder(), file=file, clock=lambda: 2000.0)
+    assert best == 65_536
+    second = LimitKeeper(gpu(), file=file, clock=lambda: 2000.0)
     for _ in range(50):
         assert second.estimator() == best
         second.estimator.succeed(best, 1.0)
     second.close()
-    late = LimitKeeper(FakeEncoder(), file=file, clock=lambda: 1001.0 + RETUNE_AFTER_S)
+    late = LimitKeeper(gpu(), file=file, clock=lambda: 1001.0 + RETUNE_AFTER_S)
     sizes = set()
     assert late.estimator() == best
-    for _ in range(12):
+    for _ in range(6):
         sizes.add(late.estimator())
         late.estimator.succeed(late.estimator(), 1.0)
     assert len(sizes) == 2  # after a month another size has a turn
@@ -193,7 +200,7 @@ def test_keeper_settled_size_is_used_at_once_and_never_searched_again(file: Limi
 
 def test_keeper_search_that_is_due_again_and_does_not_end_forgets_nothing(file: LimitFile) -> None:
     file.store(replace(SEEN, learnt=LearntLimit(limit=2048, fastest=2048), tuned_at=5.0))
-    keeper = LimitKeeper(FakeEncoder(), file=file, clock=lambda: 6.0 + RETUNE_AFTER_S)
+    keeper = LimitKeeper(gpu(), file=file, clock=lambda: 6.0 + RETUNE_AFTER_S)
     keeper.before(2048)
     keeper.close()
     found = file.load()
@@ -216,7 +223,7 @@ def test_keeper_limit_of_the_user_is_neither_remembered_nor_kept(file: LimitFile
 
 def test_keeper_remembered_limit_that_proves_wrong_is_corrected(file: LimitFile) -> None:
     file.store(replace(SEEN, learnt=LearntLimit(limit=4000, fastest=4000)))
-    keeper = LimitKeeper(FakeEncoder(), file=file, clock=lambda: 6.0)
+    keeper = LimitKeeper(gpu(), file=file, clock=lambda: 6.0)
     assert keeper.estimator() == 4000
     keeper.estimator.fail(4000)
     keeper.before(100)  # the next batch: what failed is known from here on, however the run ends
@@ -296,13 +303,13 @@ def test_keeper_after_a_death_begins_below_and_stays_below(killed_at: int, file:
     now = 1000.0
     file.store(replace(SEEN, learnt=LearntLimit(limit=6000, fastest=6000), tuned_at=now))
     die_with_a_note(file, tmp_path, killed_at)
-    keeper = LimitKeeper(FakeEncoder(), file=file, clock=lambda: now)
+    keeper = LimitKeeper(gpu(), file=file, clock=lambda: now)
     for _ in range(600):
         assert keeper.estimator() <= killed_at // 2
         keeper.estimator.succeed(keeper.estimator(), 1.0)
     keeper.close()
     for later, stays in ((now + 1, True), (now + 1 + FORGET_KILL_AFTER_S, False)):
-        keeper = LimitKeeper(FakeEncoder(), file=file, clock=lambda at=later: at)
+        keeper = LimitKeeper(gpu(), file=file, clock=lambda at=later: at)
         for _ in range(64):
             keeper.estimator.succeed(keeper.estimator())
         assert (keeper.estimator() <= killed_at // 2) == stays
@@ -388,7 +395,7 @@ def test_keeper_little_free_memory_caps_the_limit_and_more_lifts_it(
 ) -> None:
     file.store(Remembered(learnt=LearntLimit(limit=4096, fastest=4096), bytes_per_token=1000.0, tuned_at=5.0))
     monkeypatch.setattr("asyncembed.remembering.keeper.available_bytes", lambda: 1_000_000)
-    keeper = LimitKeeper(FakeEncoder(), file=file, clock=lambda: 6.0)
+    keeper = LimitKeeper(gpu(), file=file, clock=lambda: 6.0)
     assert keeper.estimator() == 500
     monkeypatch.setattr("asyncembed.remembering.keeper.available_bytes", lambda: 100_000_000)
     for _ in range(64):
