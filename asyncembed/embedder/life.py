@@ -20,8 +20,8 @@ from asyncembed.encoders import Encoder, load_encoder, tell_chunk_size
 from asyncembed.engine import Engine
 from asyncembed.errors import AsyncEmbedError, ClosedError, ModelError
 from asyncembed.lane import Lane
+from asyncembed.limit_memory import LimitMemory
 from asyncembed.options import EmbedOptions
-from asyncembed.remembering import LimitKeeper
 from asyncembed.threads import WorkerThread
 
 State = Literal["new", "loading", "open", "closing", "closed", "broken"]
@@ -116,7 +116,7 @@ class EmbedderLife:
         self._lane: Lane | None = None
         self._desk: Desk | None = None
         self._error: Exception | None = None
-        self._limits: LimitKeeper | None = None
+        self._limits: LimitMemory | None = None
         self._is_orphan = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -201,7 +201,7 @@ class EmbedderLife:
         """Load the model and work until the end; whatever ends it, everyone who waits is told."""
         try:
             encoder, chunkers = await self._model_thread.run(_load, self.options)
-            self._limits = await self._model_thread.run(LimitKeeper, encoder, self.options.token_limit)
+            self._limits = await self._model_thread.run(LimitMemory, encoder, self.options.token_limit)
             engine, lane = self._open(self._limits, chunkers)
             self._ready.set()
             async with anyio.create_task_group() as group:
@@ -229,7 +229,7 @@ class EmbedderLife:
                 self._error = error
             scope.cancel()
 
-    def _open(self, limits: LimitKeeper, chunkers: InstructionChunkers) -> tuple[Engine, Lane]:
+    def _open(self, limits: LimitMemory, chunkers: InstructionChunkers) -> tuple[Engine, Lane]:
         options = self.options
         engine = Engine(
             limits.encoder,

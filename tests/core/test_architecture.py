@@ -32,7 +32,7 @@ ROOMS = [
     ["admission"],
     ["chunking"],
     ["splitting"],
-    ["consumer", "remembering"],
+    ["consumer", "limit_memory"],
     ["scheduler", "limits", "assembly"],
     ["heap"],
     ["encoders"],
