@@ -17,7 +17,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,9 @@ class LimitMemory:
         self.plain_encoder = encoder
         self._clock = clock
         self._facts = _facts_of(encoder)
-        self._folder = folder if folder is not None else cache_folder() / "limits"
-        self._key = hashlib.sha256(json.dumps([_FORMAT, self._facts], sort_keys=True).encode()).hexdigest()[:40]
-        self._note = self._folder / f"{self._key}.{os.getpid()}-{uuid.uuid4().hex[:8]}.trial"
+        key = hashlib.sha256(json.dumps([_FORMAT, self._facts], sort_keys=True).encode()).hexdigest()[:40]
+        self.path = (folder if folder is not None else cache_folder() / "limits") / f"{key}.json"
+        self._note = self.path.with_suffix(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.trial")
         self._has_warned = False
         self._is_kept = token_limit is None
         self._known = _Known()
@@ -115,11 +116,6 @@ class LimitMemory:
 
     def __repr__(self) -> str:
         return f"<LimitMemory {self.estimator!r} largest={self._known.largest} {self.path}>"
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self._folder / f"{self._key}.json"
 
     def suspect(self, batch: Batch) -> str | None:
         """The digest of a batch's only chunk if a run was killed in a batch no larger: such a chunk runs alone.
@@ -198,21 +194,13 @@ class LimitMemory:
             self._note.unlink(missing_ok=True)
 
     def _load(self) -> None:
-        """Read what earlier runs left, without what is too old."""
+        """Read what earlier runs left."""
         try:
-            self._known = known = _decode(json.loads(self.path.read_bytes()))
+            self._known = _decode(json.loads(self.path.read_bytes()), self._clock())
         except FileNotFoundError:
-            return
+            pass
         except (OSError, *_DAMAGED) as error:
             logger.info("what was learnt of batches cannot be read from %s (%s); it is learnt anew", self.path, error)
-            return
-        if known.learnt is not None and not self._is_recent(known.killed_on, FORGET_KILL_AFTER_S):
-            known.learnt = replace(known.learnt, killed_at=None)
-        if known.learnt is not None and not self._is_recent(known.tuned_at, RETUNE_AFTER_S):
-            known.learnt = replace(known.learnt, is_old=True)
-
-    def _is_recent(self, at: float | None, seconds: float) -> bool:
-        return at is not None and 0 <= self._clock() - at < seconds
 
     def _learn_deaths(self) -> None:
         """Learn from the notes of processes that died, and remove these.
@@ -221,7 +209,7 @@ class LimitMemory:
         look at once, only one is told of a note.
         """
         killed_at: list[int] = []
-        for note in self._folder.glob(f"{self._key}.*.trial"):
+        for note in self.path.parent.glob(f"{self.path.stem}.*.trial"):
             try:
                 death = _death_in(json.loads(note.read_bytes()))
                 if death is None and self._clock() - note.stat().st_mtime < FORGET_KILL_AFTER_S:
@@ -286,9 +274,6 @@ class WatchedEncoder:
         self._encoder = encoder
         self._memory = memory
         self._under_way: dict[Future[FloatMatrix], tuple[int, Any]] = {}
-
-    def __repr__(self) -> str:
-        return f"<WatchedEncoder {self._encoder!r}>"
 
     def __getattr__(self, name: str) -> Any:
         """What an encoder may have besides, such as the model's own `prompts`."""
@@ -380,22 +365,28 @@ def _death_in(note: Any) -> tuple[int, str | None] | None:
     return n_tokens, chunk if isinstance(chunk, str) else None
 
 
-def _decode(data: Any) -> _Known:
+def _decode(data: Any, now: float) -> _Known:
+    """What a file holds, without what is too old."""
     found = data["remembered"]
     sizes = {name: _number(found[name], or_none=True) for name in ("failed_at", "killed_at", "fastest")}
-    amounts = ("bytes_per_token", "tuned_at", "killed_on")
+    times = {name: _number(found[name], float, or_none=True) for name in ("tuned_at", "killed_on")}
+    if not 0 <= now - (times["killed_on"] or inf) < FORGET_KILL_AFTER_S:
+        sizes["killed_at"] = None
+    is_old = not 0 <= now - (times["tuned_at"] or inf) < RETUNE_AFTER_S
+    successes = _number(found["successes"], least=0)
     return _Known(
-        LearntLimit(limit=_number(found["limit"]), successes=_number(found["successes"], least=0), **sizes),
+        LearntLimit(limit=_number(found["limit"]), successes=successes, is_old=is_old, **sizes),
         _number(found["largest"], least=0),
-        **{name: _number(found[name], float, or_none=True) for name in amounts},
-        deaths={chunk: _number(times) for chunk, times in dict(found.get("deaths", {})).items()},
+        _number(found["bytes_per_token"], float, or_none=True),
+        deaths={chunk: _number(count) for chunk, count in dict(found.get("deaths", {})).items()},
+        **times,
     )
 
 
 def _number(value: Any, kind: type = int, *, least: int = 1, or_none: bool = False) -> Any:
     if value is None and or_none:
         return None
-    if kind is float and type(value) in (int, float) and 0 < value < float("inf"):
+    if kind is float and type(value) in (int, float) and 0 < value < inf:
         return float(value)
     if kind is int and type(value) is int and value >= least:
         return value

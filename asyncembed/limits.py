@@ -33,85 +33,74 @@ class SpeedSearch:
     The best size so far takes turns with its double while doubling helps; if it never does, with its half. A batch is
     a sample of a size if it fills more than half of it. The first sample of each size does not count: kernels are
     chosen then.
+
+    Attributes:
+        best: The best size so far, which is not always the one being tried.
+        measured: The sizes that had a sample.
     """
 
     def __init__(self, start: int, smallest: int, largest: int) -> None:
-        self._start = self._best = start
-        self._smallest = smallest
-        self._largest = largest
+        self.best = start
+        self.measured: set[int] = set()
+        self._start, self._smallest, self._largest = start, smallest, largest
         self._goes_up = True
-        self._begun: set[int] = set()
         self._challenge()
 
     def __repr__(self) -> str:
-        return f"<SpeedSearch size={self.size} best={self._best}{' over' if self.is_over else ''}>"
+        return f"<SpeedSearch size={self.size} best={self.best}{' over' if self.is_over else ''}>"
 
     @property
     def size(self) -> int:
         """What the next batch should have, in padded tokens."""
-        return self._rival if self._n_samples % 2 else self._best
-
-    @property
-    def best(self) -> int:
-        """The best size so far, which is not always the one being tried."""
-        return self._best
+        return self._rival if self._n_samples % 2 else self.best
 
     @property
     def is_over(self) -> bool:
         """Whether no other size is tried any more."""
-        return self._rival == self._best
-
-    @property
-    def has_measured(self) -> bool:
-        """Whether any batch was a sample of a size."""
-        return bool(self._begun)
+        return self._rival == self.best
 
     def stop(self) -> None:
         """End the search with the best size so far."""
-        self._rival = self._best
+        self._rival = self.best
 
     def add(self, n_tokens: int, seconds: float) -> None:
         """A batch of `n_tokens` padded tokens took `seconds`; `size` may be another one afterwards."""
         if self.is_over or seconds <= 0:
             return
-        for size in sorted((self._best, self._rival)):
+        for size in {self.best, self._rival}:
             if size < 2 * n_tokens <= 2 * size:
-                break
+                self._n_samples += 1
+                if size in self.measured:
+                    self._samples[size].append(log(n_tokens / seconds))
+                self.measured.add(size)
+        if self._n_samples > PATIENCE:
+            self._turn()
         else:
-            return
-        self._n_samples += 1
-        if size not in self._begun:
-            self._begun.add(size)
-            return
-        self._samples[size].append(log(n_tokens / seconds))
-        self._judge()
+            self._judge()
 
     def _judge(self) -> None:
-        pairs = zip(self._samples[self._best], self._samples[self._rival], strict=False)
+        pairs = zip(self._samples[self.best], self._samples[self._rival], strict=False)
         gains = [max(-CLIP, min(CLIP, theirs - ours)) for ours, theirs in pairs]
-        if len(gains) >= MIN_PAIRS:
-            gain, error = mean(gains), max(stdev(gains), LEAST_SPREAD) / sqrt(len(gains))
-            if gain > log(BETTER) and gain > SURE_OF_WIN * error:
-                self._best = self._rival
-                self._challenge()
-                return
-            if gain + SURE_OF_LOSS * error < log(BETTER) or len(gains) >= MAX_PAIRS:
-                self._turn()
-                return
-        if self._n_samples > PATIENCE:
+        if len(gains) < MIN_PAIRS:
+            return
+        gain, error = mean(gains), max(stdev(gains), LEAST_SPREAD) / sqrt(len(gains))
+        if gain > log(BETTER) and gain > SURE_OF_WIN * error:
+            self.best = self._rival
+            self._challenge()
+        elif gain + SURE_OF_LOSS * error < log(BETTER) or len(gains) >= MAX_PAIRS:
             self._turn()
 
     def _challenge(self) -> None:
         """Let the next size in the direction of the search take turns with the best one."""
-        self._rival = 2 * self._best if self._goes_up else self._best // 2
-        self._samples: dict[int, list[float]] = {self._best: [], self._rival: []}
+        self._rival = 2 * self.best if self._goes_up else self.best // 2
+        self._samples: dict[int, list[float]] = {self.best: [], self._rival: []}
         self._n_samples = 0
         if not self._smallest <= self._rival <= self._largest:
             self._turn()
 
     def _turn(self) -> None:
         """Go down if up brought nothing, else stop."""
-        if self._goes_up and self._best == self._start:
+        if self._goes_up and self.best == self._start:
             self._goes_up = False
             self._challenge()
         else:
@@ -231,7 +220,7 @@ class TokenLimitEstimator:
         is_searching = search is not None and not search.is_over
         if search is not None and is_searching:
             limit = max(1, min(search.best, self._ceiling()))
-        elif search is not None and search.has_measured:
+        elif search is not None and search.measured:
             fastest = search.best
         if self._failed_at is not None:  # a limit that has just risen may never have been used
             limit = max(1, min(limit, max(self._proven, self._failed_at // 2)))
@@ -282,16 +271,14 @@ class TokenLimitEstimator:
 
     def _ceiling(self) -> int:
         """The largest limit that nothing known speaks against: at least 1."""
-        ceilings = [self.max_limit]
-        if self._search is not None:
-            ceilings.append(self._search.size)
-        if self._failed_at is not None:
-            ceilings.append(self._failed_at - 1)
-        if self._killed_at is not None:
-            ceilings.append(self._killed_at // 2)
-        if self._room is not None:
-            ceilings.append(self._room)
-        return max(1, min(ceilings))
+        bounds = (
+            self.max_limit,
+            self._search.size if self._search is not None else None,
+            self._failed_at - 1 if self._failed_at is not None else None,
+            self._killed_at // 2 if self._killed_at is not None else None,
+            self._room,
+        )
+        return max(1, min(bound for bound in bounds if bound is not None))
 
     def _rise(self, highest: int) -> None:
         if self._is_recalled and self._failed_at is not None:
