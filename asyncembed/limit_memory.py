@@ -229,7 +229,7 @@ class LimitMemory:
         if killed_at:
             known, smallest = self._known, min(killed_at)
             known.learnt = (known.learnt or LearntLimit(limit=smallest)).after_kill(smallest)
-            known.largest = min(known.largest, smallest - 1)
+            known.largest = min(known.largest, int((smallest - 1) / LARGER))
             known.killed_on = self._clock()
             self._store()
 

@@ -38,9 +38,9 @@ SEEN = {
 """What a file holds."""
 
 
-def gpu() -> FakeEncoder:
+def gpu(on_batch: Callable[[Batch], None] | None = None) -> FakeEncoder:
     """A model on a GPU that shares the process's memory: its fastest size is searched for, and a batch may kill."""
-    encoder = FakeEncoder()
+    encoder = FakeEncoder(on_batch=on_batch)
     encoder.device = "mps"
     return encoder
 
@@ -315,6 +315,16 @@ def test_note_that_is_damaged_is_dropped(damage: str, tmp_path: Path) -> None:
     note.write_text(damage)
     assert LimitMemory(gpu(), folder=tmp_path).estimator() == 16_384
     assert not note.exists()
+
+
+def test_batch_as_large_as_one_that_killed_is_noted_though_another_run_had_larger_ones(tmp_path: Path) -> None:
+    path = store(tmp_path, gpu(), largest=50)
+    die(tmp_path, 100)
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "remembered": {**SEEN, "largest": 690}}))
+    notes: list[Path] = []
+    run_batch(LimitMemory(gpu(lambda _: notes.extend(tmp_path.glob("*.trial"))), folder=tmp_path), 100)
+    assert len(notes) == 1
+    assert not notes[0].exists()
 
 
 @pytest.mark.parametrize("killed_at", [100, 1024, 5000])
