@@ -193,7 +193,8 @@ class TokenLimitEstimator:
         self._proven = 0
         self._is_recalled = known.failed_at is not None
         self._fastest = known.fastest if tunes_speed else None
-        self._search: SpeedSearch | None = None
+        self._tunes_speed = tunes_speed
+        self._search = SpeedSearch(self.max_limit, self.max_limit, self.max_limit)  # is over
         if tunes_speed:
             best = min(self._fastest or self._start, self._ceiling())
             self._search = SpeedSearch(best, min(min_limit, best), self._ceiling())
@@ -216,12 +217,9 @@ class TokenLimitEstimator:
 
     def learnt(self) -> LearntLimit:
         """What the next run should know."""
-        limit, fastest, search = self._limit, self._fastest, self._search
-        is_searching = search is not None and not search.is_over
-        if search is not None and is_searching:
-            limit = max(1, min(search.best, self._ceiling()))
-        elif search is not None and search.measured:
-            fastest = search.best
+        search = self._search
+        limit = self._limit if search.is_over else max(1, min(search.best, self._ceiling()))
+        fastest = search.best if search.is_over and search.measured else self._fastest
         if self._failed_at is not None:  # a limit that has just risen may never have been used
             limit = max(1, min(limit, max(self._proven, self._failed_at // 2)))
         return LearntLimit(
@@ -230,7 +228,7 @@ class TokenLimitEstimator:
             killed_at=self._killed_at,
             fastest=fastest,
             successes=self._streak,
-            is_old=is_searching and fastest is not None,
+            is_old=fastest is not None and not search.is_over,
         )
 
     def succeed(self, n_tokens: int, seconds: float | None = None) -> None:
@@ -238,7 +236,7 @@ class TokenLimitEstimator:
         if self._failed_at is not None and n_tokens >= self._failed_at:
             self._failed_at = None
         self._proven = max(self._proven, n_tokens)
-        if self._search is not None and not self._search.is_over and seconds is not None:
+        if seconds is not None and not self._search.is_over:
             self._search.add(n_tokens, seconds)
             self._limit = min(self._search.size, self._ceiling())
         if SMALLEST_PART * n_tokens < self._limit:
@@ -248,8 +246,7 @@ class TokenLimitEstimator:
             self._failed_at = None
         if self._streak % SUCCESSES_TO_RISE == 0:
             # Small batches lead back to the first limit, or the fastest size; only full ones lead above.
-            is_free = self._search is not None or 2 * n_tokens > self._limit
-            self._rise(self.max_limit if is_free else self._start)
+            self._rise(self.max_limit if self._tunes_speed or 2 * n_tokens > self._limit else self._start)
 
     def fail(self, n_tokens: int) -> None:
         """A batch of `n_tokens` padded tokens ran out of memory: the limit falls below it."""
@@ -258,8 +255,7 @@ class TokenLimitEstimator:
         self._streak = 0
         self._proven = self._proven if self._proven < n_tokens else 0
         self._is_recalled = False
-        if self._search is not None:
-            self._search.stop()
+        self._search.stop()
 
     def keep_below(self, n_tokens: int) -> None:
         """There is memory for no more than so many padded tokens at the moment: no larger batch is tried.
@@ -272,8 +268,7 @@ class TokenLimitEstimator:
     def _ceiling(self) -> int:
         """The largest limit that nothing known speaks against: at least 1."""
         bounds = (
-            self.max_limit,
-            self._search.size if self._search is not None else None,
+            self._search.size,
             self._failed_at - 1 if self._failed_at is not None else None,
             self._killed_at // 2 if self._killed_at is not None else None,
             self._room,
