@@ -235,10 +235,9 @@ class LimitMemory:
 
     def _store(self) -> None:
         """Write the file, in place of what was there."""
-        if self._known.learnt is None:
-            raise AssertionError("nothing is stored before anything was learnt: this is a bug")
-        remembered = {**asdict(self._known.learnt), **asdict(self._known)}
-        del remembered["learnt"], remembered["is_old"]
+        remembered = asdict(self._known)
+        remembered |= remembered.pop("learnt")
+        del remembered["is_old"]
         self._write(self.path, {**self._facts, "remembered": remembered})
 
     def _write(self, path: Path, data: Mapping[str, Any], *, flush: bool = False) -> None:
