@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -60,7 +59,7 @@ class AdmissionQueue:
         self._under_pressure = under_pressure or (lambda: False)
         self._reserved = 0
         self._in_flight = 0
-        self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiters: dict[asyncio.Future[None], int] = {}
         self._unmeasured = 0
         self._pressed = False
         self._warned = False
@@ -84,16 +83,14 @@ class AdmissionQueue:
         if self.reserve_nowait(n_bytes):
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (n_bytes, waiter)
-        self._waiters.append(entry)
+        self._waiters[waiter] = n_bytes
         try:
             await waiter
         except BaseException:
-            if waiter.done() and not waiter.cancelled():
-                self.release(n_bytes)  # room was given in the same turn of the loop: hand it on
-            elif entry in self._waiters:
-                self._waiters.remove(entry)
+            if self._waiters.pop(waiter, None) is not None:
                 self._admit()
+            elif not waiter.cancelled():
+                self.release(n_bytes)  # room was given in the same turn of the loop: hand it on
             raise
 
     def release(self, n_bytes: int) -> None:
@@ -132,12 +129,10 @@ class AdmissionQueue:
 
     def _admit(self) -> None:
         while self._waiters:
-            n_bytes, waiter = self._waiters[0]
-            if waiter.done():
-                self._waiters.popleft()
-                continue
-            if not self._fits(n_bytes):
+            waiter, n_bytes = next(iter(self._waiters.items()))
+            if not waiter.done() and not self._fits(n_bytes):
                 return
-            self._waiters.popleft()
-            self._take(n_bytes)
-            waiter.set_result(None)
+            del self._waiters[waiter]
+            if not waiter.done():  # else it was cancelled
+                self._take(n_bytes)
+                waiter.set_result(None)

@@ -20,10 +20,10 @@ from asyncembed.iterables import check_source, without_line_ends
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
 from asyncembed.job.loading import encoder_for, fingerprint_of, recorded_in
 from asyncembed.job.lookup import LOOKED_AT, RUN_BY_US, check_folder
+from asyncembed.limit_memory import LimitMemory
 from asyncembed.memory import MemoryBudget
 from asyncembed.options import DEFAULT_SAVE_PATH, EmbedOptions
 from asyncembed.records import Chunk
-from asyncembed.remembering import LimitKeeper
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.writer import FolderWriter
 from asyncembed.sources.feed import Handoff
@@ -163,7 +163,7 @@ class EmbeddingGenerator:
         self._splitter: TextSplitter | None = None
         self._splitter_is_ours = True
         self._estimator: LimitEstimator | None = None
-        self._limits: LimitKeeper | None = None
+        self._limits: LimitMemory | None = None
         self._steps: PipelineSteps | None = None
         watch(self)
 
@@ -372,10 +372,10 @@ class EmbeddingGenerator:
         self._loaded = encoder_for(self._options, self._loaded, recorded or {})
         return self._loaded
 
-    def _kept_limits(self) -> LimitKeeper:
+    def _kept_limits(self) -> LimitMemory:
         encoder = self._encoder()
         if self._limits is None or self._limits.plain_encoder is not encoder:
-            self._limits = LimitKeeper(encoder)
+            self._limits = LimitMemory(encoder)
         return self._limits
 
     def _chosen_splitter(self) -> TextSplitter | None:

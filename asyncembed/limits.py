@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf, log, sqrt
+from math import log, sqrt
 from statistics import mean, stdev
 
 BETTER = 1.04
@@ -11,7 +11,7 @@ BETTER = 1.04
 
 MIN_PAIRS = 3
 MAX_PAIRS = 12
-"""Pairs of a challenge: how many are needed depends on how much they differ among themselves."""
+"""Samples of two sizes, in pairs: how many are needed depends on how much they differ among themselves."""
 
 SURE_OF_WIN = 1.8
 SURE_OF_LOSS = 0.8
@@ -23,147 +23,88 @@ LEAST_SPREAD = 0.06
 CLIP = 0.4
 """The most that one pair may count for, as a logarithm: a batch that met something else on the machine."""
 
-WARM_UP = 2
-"""First samples that are not counted: caches are cold and kernels are chosen."""
-
-FULL = 0.5
-"""A batch was made for a size if it fills more than this of it: where enough waits, every batch does, since one row
-more than half as long as the size stands alone."""
-
-OVERLAPPED = 4
-"""Batches of a sample for each that runs at once, where several do: at its ends up to half of one counts amiss."""
-
 PATIENCE = 40
-"""Samples' worth of batches after which a challenge without an end is given up: batches do not fill such a size."""
+"""Samples after which a size is given up that batches do not fill."""
 
 
-class SpeedTuner:
-    """Chooses a size between bounds from the measured speed of batches.
+class SpeedSearch:
+    """Finds the size between two bounds at which most tokens run in a second.
 
-    A batch's `seconds` are those from the end of the batch before it (or its own start, if the model was idle) to
-    its own end. Of batches that overlap only their sum means anything, so several of one size in a row make a sample,
-    without the first ones, which overlapped with those of the other size: each of them would be taken for what the
-    others had under way, and the smaller size for up to a third faster than it is.
+    The best size so far takes turns with its double while doubling helps; if it never does, with its half. A batch is
+    a sample of a size if it fills more than half of it. The first sample of each size does not count: kernels are
+    chosen then.
+
+    Attributes:
+        best: The best size so far, which is not always the one being tried.
+        measured: The sizes that had a sample.
     """
 
-    def __init__(self, start: int, smallest: int, largest: int, *, slots: int = 1, settled: bool = False) -> None:
-        self._smallest = smallest
-        self._largest = largest
-        n_streams = max(1, slots - 1)
-        self._n_skipped = slots - 1
-        self._turn = self._n_skipped + (OVERLAPPED * n_streams if slots > 1 else 1)
-        self._start = self._best = start
-        self._rival: int | None = None
-        self._tried = {start}
+    def __init__(self, start: int, smallest: int, largest: int) -> None:
+        self.best = start
+        self.measured: set[int] = set()
+        self._start, self._smallest, self._largest = start, smallest, largest
         self._goes_up = True
-        self._samples: dict[int, list[float]] = {}
-        self._open: tuple[int | None, list[tuple[int, float]]] = (None, [])
-        self._n_added = 0
-        self._n_warm = 0
-        self._is_settled = settled or smallest >= largest
+        self._challenge()
 
     def __repr__(self) -> str:
-        return f"<SpeedTuner size={self.size} best={self._best}{' settled' if self._is_settled else ''}>"
+        return f"<SpeedSearch size={self.size} best={self.best}{' over' if self.is_over else ''}>"
 
     @property
     def size(self) -> int:
         """What the next batch should have, in padded tokens."""
-        if self._rival is None:
-            return self._best
-        return self._rival if self._n_added // self._turn % 2 == 0 else self._best
+        return self._rival if self._n_samples % 2 else self.best
 
     @property
-    def best(self) -> int:
-        """The best size so far, which is not always the one being tried."""
-        return self._best
+    def is_over(self) -> bool:
+        """Whether no other size is tried any more."""
+        return self._rival == self.best
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether the search is over."""
-        return self._is_settled
-
-    @property
-    def has_measured(self) -> bool:
-        """Whether any batch was measured; if none was, nothing is known about speed."""
-        return self._n_warm > 0
-
-    def settle(self) -> None:
-        """A batch did not fit into memory, which matters more: the search ends with the best size so far."""
-        self._rival = None
-        self._is_settled = True
+    def stop(self) -> None:
+        """End the search with the best size so far."""
+        self._rival = self.best
 
     def add(self, n_tokens: int, seconds: float) -> None:
         """A batch of `n_tokens` padded tokens took `seconds`; `size` may be another one afterwards."""
-        if self._is_settled or seconds <= 0:
+        if self.is_over or seconds <= 0:
             return
-        if self._rival is not None:
-            self._n_added += 1
-        self._collect(self._size_of(n_tokens), n_tokens, seconds)
-        if not self._is_settled and self._n_added > PATIENCE * self._turn:
-            self._lose()
+        for size in {self.best, self._rival}:
+            if size < 2 * n_tokens <= 2 * size:
+                self._n_samples += 1
+                if size in self.measured:
+                    self._samples[size].append(log(n_tokens / seconds))
+                self.measured.add(size)
+        if self._n_samples > PATIENCE:
+            self._turn()
+        else:
+            self._judge()
 
-    def _size_of(self, n_tokens: int) -> int | None:
-        """Which of the two sizes a batch was made for: it comes some batches after it was asked for."""
-        for size in sorted({self._best, self._rival or self._best}):
-            if FULL * size < n_tokens <= size:
-                return size
-        return None
-
-    def _collect(self, size: int | None, n_tokens: int, seconds: float) -> None:
-        if size is None:
-            self._open = (None, [])
-            return
-        same, batches = self._open
-        if same != size:
-            batches = []
-        batches.append((n_tokens, seconds))
-        self._open = (size, batches)
-        if len(batches) < self._turn:
-            return
-        self._open = (None, [])
-        batches = batches[self._n_skipped :]
-        self._n_warm += 1
-        if self._n_warm <= WARM_UP:
-            return
-        if self._rival is None:
-            self._challenge()
-            return
-        self._samples.setdefault(size, []).append(log(sum(n for n, _ in batches) / sum(s for _, s in batches)))
-        self._judge(self._rival)
-
-    def _judge(self, rival: int) -> None:
-        pairs = zip(self._samples.get(self._best, ()), self._samples.get(rival, ()), strict=False)
+    def _judge(self) -> None:
+        pairs = zip(self._samples[self.best], self._samples[self._rival], strict=False)
         gains = [max(-CLIP, min(CLIP, theirs - ours)) for ours, theirs in pairs]
         if len(gains) < MIN_PAIRS:
             return
         gain, error = mean(gains), max(stdev(gains), LEAST_SPREAD) / sqrt(len(gains))
         if gain > log(BETTER) and gain > SURE_OF_WIN * error:
-            self._best = rival
+            self.best = self._rival
             self._challenge()
         elif gain + SURE_OF_LOSS * error < log(BETTER) or len(gains) >= MAX_PAIRS:
-            self._lose()
-
-    def _lose(self) -> None:
-        """The challenger is no better. On the way up the other side is still to be tried, if up brought nothing."""
-        if self._goes_up and self._best == self._start:
-            self._goes_up = False
-            self._challenge()
-        else:
-            self.settle()
+            self._turn()
 
     def _challenge(self) -> None:
         """Let the next size in the direction of the search take turns with the best one."""
-        up, down = 2 * self._best, self._best // 2
-        if self._goes_up and up > self._largest:
-            self._goes_up = self._best != self._start
-        rival = up if self._goes_up else down
-        if not self._smallest <= rival <= self._largest or rival in self._tried:
-            self.settle()
-            return
-        self._tried.add(rival)
-        self._rival, self._n_added = rival, 0
-        self._samples.clear()
-        self._open = (None, [])
+        self._rival = 2 * self.best if self._goes_up else self.best // 2
+        self._samples: dict[int, list[float]] = {self.best: [], self._rival: []}
+        self._n_samples = 0
+        if not self._smallest <= self._rival <= self._largest:
+            self._turn()
+
+    def _turn(self) -> None:
+        """Go down if up brought nothing, else stop."""
+        if self._goes_up and self.best == self._start:
+            self._goes_up = False
+            self._challenge()
+        else:
+            self.stop()
 
 
 DEFAULT_MIN_LIMIT = 16
@@ -212,17 +153,15 @@ class TokenLimitEstimator:
     A known failure is doubted after 512 successes near the limit, since the memory may have been a passing
     neighbour's. A size at which a run was killed is not doubted: the limit stays at half of it.
 
-    Speed is learned by trying larger and smaller sizes on the first batches, where their seconds are given; see
-    `tuning`. Memory has the last word.
-
     A replacement needs the same three methods: call, `succeed`, `fail`.
 
     Args:
         initial_limit: The first limit, tried as given. None takes 2,048 (within `max_limit`).
-        min_limit: Tuning never goes below this. A failure may.
+        min_limit: The search for speed never goes below this. A failure may.
         max_limit: The limit never passes this; None takes the start: it recovers from failures and grows no further.
         learnt: What an earlier run learnt on this machine; its limit comes before `initial_limit`.
-        slots: Batches that the model has under way at once.
+        tunes_speed: Try larger and smaller sizes on the first batches, where their seconds are given. Memory has the
+            last word.
 
     Raises:
         ValueError: The bounds leave no room, or a limit is below 1.
@@ -235,7 +174,7 @@ class TokenLimitEstimator:
         max_limit: int | None = None,
         *,
         learnt: LearntLimit | None = None,
-        slots: int = 1,
+        tunes_speed: bool = False,
     ) -> None:
         if initial_limit is not None and initial_limit < 1:
             raise ValueError(f"initial_limit={initial_limit} must be at least 1")
@@ -246,22 +185,23 @@ class TokenLimitEstimator:
         start = initial_limit if initial_limit is not None else DEFAULT_INITIAL_LIMIT
         self.min_limit = min_limit
         self.max_limit = max_limit if max_limit is not None else max(start, min_limit)
-        start = start if initial_limit is not None else min(max(start, min_limit), self.max_limit)
-        known = learnt if learnt is not None else LearntLimit(limit=start)
+        self._start = start if initial_limit is not None else min(max(start, min_limit), self.max_limit)
+        known = learnt if learnt is not None else LearntLimit(limit=self._start)
         self._failed_at, self._killed_at = known.failed_at, known.killed_at
         self._streak = known.successes
         self._room: int | None = None
         self._proven = 0
-        self._is_timed = False
         self._is_recalled = known.failed_at is not None
-        self._knows_speed = known.fastest is not None
-        tuned = min(known.fastest if known.fastest is not None else start, self.max_limit)
-        # A size that failed, or was killed for, ends the search for speed: it would lead back there.
-        settled = known.failed_at is not None or known.killed_at is not None or (self._knows_speed and not known.is_old)
-        self._tuner = SpeedTuner(tuned, min(min_limit, tuned), self.max_limit, slots=slots, settled=settled)
-        self._limit = start
-        if learnt is not None:
-            self._limit = max(1, min(known.limit, self._ceiling()))
+        self._fastest = known.fastest if tunes_speed else None
+        self._tunes_speed = tunes_speed
+        self._search = SpeedSearch(self.max_limit, self.max_limit, self.max_limit)  # is over
+        if tunes_speed:
+            best = min(self._fastest or self._start, self._ceiling())
+            self._search = SpeedSearch(best, min(min_limit, best), self._ceiling())
+            # A size that failed, or was killed for, before any was the fastest: a search would lead back there.
+            if not known.is_old if self._fastest is not None else self._failed_at or self._killed_at:
+                self._search.stop()
+        self._limit = self._start if learnt is None else max(1, min(known.limit, self._ceiling()))
 
     def __call__(self) -> int:
         """The current limit in padded tokens, at least 1."""
@@ -277,39 +217,36 @@ class TokenLimitEstimator:
 
     def learnt(self) -> LearntLimit:
         """What the next run should know."""
-        tuner = self._tuner
-        limit = self._limit if tuner.is_settled else max(1, min(tuner.best, self._ceiling()))
+        search = self._search
+        limit = self._limit if search.is_over else max(1, min(search.best, self._ceiling()))
+        fastest = search.best if search.is_over and search.measured else self._fastest
         if self._failed_at is not None:  # a limit that has just risen may never have been used
             limit = max(1, min(limit, max(self._proven, self._failed_at // 2)))
         return LearntLimit(
             limit=limit,
             failed_at=self._failed_at,
             killed_at=self._killed_at,
-            fastest=tuner.best if self._knows_speed or (tuner.is_settled and tuner.has_measured) else None,
+            fastest=fastest,
             successes=self._streak,
-            is_old=self._knows_speed and not tuner.is_settled,
+            is_old=fastest is not None and not search.is_over,
         )
 
     def succeed(self, n_tokens: int, seconds: float | None = None) -> None:
-        """A batch of `n_tokens` padded tokens ran, in `seconds` where they were measured.
-
-        Infinite seconds are those of a batch that was cut for less than the limit: its speed says nothing.
-        """
+        """A batch of `n_tokens` padded tokens ran, in `seconds`; None if they are no sample of the limit's speed."""
         if self._failed_at is not None and n_tokens >= self._failed_at:
             self._failed_at = None
         self._proven = max(self._proven, n_tokens)
-        if seconds is not None and not self._tuner.is_settled:
-            self._is_timed = self._is_timed or seconds > 0
-            if seconds != inf:
-                self._tuner.add(n_tokens, seconds)
-            self._limit = min(self._tuner.size, self._ceiling())
+        if seconds is not None and not self._search.is_over:
+            self._search.add(n_tokens, seconds)
+            self._limit = min(self._search.size, self._ceiling())
         if SMALLEST_PART * n_tokens < self._limit:
             return  # says nothing about the limit
         self._streak += 1
         if self._failed_at is not None and self._streak >= SUCCESSES_TO_FORGET:
             self._failed_at = None
         if self._streak % SUCCESSES_TO_RISE == 0:
-            self._rise()
+            # Small batches lead back to the first limit, or the fastest size; only full ones lead above.
+            self._rise(self.max_limit if self._tunes_speed or 2 * n_tokens > self._limit else self._start)
 
     def fail(self, n_tokens: int) -> None:
         """A batch of `n_tokens` padded tokens ran out of memory: the limit falls below it."""
@@ -318,41 +255,38 @@ class TokenLimitEstimator:
         self._streak = 0
         self._proven = self._proven if self._proven < n_tokens else 0
         self._is_recalled = False
-        self._tuner.settle()
+        self._search.stop()
 
     def keep_below(self, n_tokens: int) -> None:
         """There is memory for no more than so many padded tokens at the moment: no larger batch is tried.
 
-        May be called from another thread than the rest: it sets a number, which the next batch heeds.
+        Thread-safe: assigns two ints.
         """
         self._room = max(1, n_tokens)
         self._limit = min(self._limit, self._room)
 
     def _ceiling(self) -> int:
         """The largest limit that nothing known speaks against: at least 1."""
-        ceiling = self.max_limit
-        if self._is_timed or self._knows_speed:
-            ceiling = min(ceiling, self._tuner.size)
-        if self._failed_at is not None:
-            ceiling = min(ceiling, self._failed_at - 1)
-        if self._killed_at is not None:
-            ceiling = min(ceiling, self._killed_at // 2)
-        if self._room is not None:
-            ceiling = min(ceiling, self._room)
-        return max(1, ceiling)
+        bounds = (
+            self._search.size,
+            self._failed_at - 1 if self._failed_at is not None else None,
+            self._killed_at // 2 if self._killed_at is not None else None,
+            self._room,
+        )
+        return max(1, min(bound for bound in bounds if bound is not None))
 
-    def _rise(self) -> None:
+    def _rise(self, highest: int) -> None:
         if self._is_recalled and self._failed_at is not None:
             return  # an earlier run has looked for the limit already: short jobs must not do it again and again
-        ceiling = self._ceiling()
+        ceiling = min(highest, self._ceiling())
         if self._limit >= ceiling or (self._failed_at is not None and ceiling - self._limit <= self._limit // 8):
             return
-        doubled = 2 * self._limit
-        self._limit = min(doubled, (self._limit + ceiling + 1) // 2 if self._failed_at is not None else ceiling)
+        halfway = (self._limit + ceiling + 1) // 2 if self._failed_at is not None else ceiling
+        self._limit = min(2 * self._limit, halfway)
 
 
 def initial_limit(device: str, slots: int = 1) -> int:
-    """A first limit for a device, in padded tokens.
+    """A first limit for a device, in padded tokens; on a CPU it stays the largest.
 
     On a CPU 1,024 where one batch has all cores, and 512 where several run at once, are within 3 % of the best, on
     long and on short texts, in float32 and bfloat16; half or twice as much loses up to 12 % (all-MiniLM-L6-v2 on
@@ -366,21 +300,13 @@ def initial_limit(device: str, slots: int = 1) -> int:
 def estimator_for(
     device: str, token_limit: int | None = None, *, learnt: LearntLimit | None = None, slots: int = 1
 ) -> TokenLimitEstimator:
-    """The estimator of a job.
+    """The estimator of a job on a device, where the model has `slots` batches under way at once.
 
-    Args:
-        device: Where the model runs.
-        token_limit: The user's own first limit; None for what was learnt, or the device's.
-        learnt: What an earlier run learnt on this machine; unused if the user chose.
-        slots: Batches that the model has under way at once.
+    A limit of the user's own is not exceeded. Without one, `learnt` comes before the device's, and a GPU's
+    fastest size is searched for.
     """
-    start = token_limit if token_limit is not None else initial_limit(device, slots)
-    # On a CPU more was never seen to be faster, and 8,192 tokens of a small model take a quarter of a gigabyte.
-    largest = 4096 if device.startswith("cpu") else 16 * initial_limit(device)
-    return TokenLimitEstimator(
-        start,
-        min_limit=min(128, start),
-        max_limit=max(start, largest),
-        learnt=learnt if token_limit is None else None,
-        slots=slots,
-    )
+    if token_limit is not None:
+        return TokenLimitEstimator(token_limit, min_limit=min(128, token_limit))
+    start, on_gpu = initial_limit(device, slots), not device.startswith("cpu")
+    largest = 16 * start if on_gpu else start
+    return TokenLimitEstimator(start, min_limit=128, max_limit=largest, learnt=learnt, tunes_speed=on_gpu)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,7 @@ class PipelineSteps:
         self._n_pulled = self._n_taken = 0
         self._in_hand: dict[Chunk, None] = {}
         self._is_small = False
-        self._last: tuple[Sequence[Chunk], FloatMatrix, float] = ((), np.empty((0, encoder.dim), np.float32), 0.0)
+        self._last: tuple[Sequence[Chunk], FloatMatrix | None, float | None] = ((), None, None)
         self._open: dict[int, Entry] = {}
         self._first: dict[str, Entry] = {}  # of each text under way the entry that is computed
         self._finished: deque[Entry] = deque()
@@ -124,7 +123,7 @@ class PipelineSteps:
         outcome = self._run(batch)
         if outcome.vectors is not None:
             # A small batch is no sample of the speed of the size in use.
-            seconds = inf if self._is_small or len(chunks) < len(self._in_hand) else outcome.seconds
+            seconds = None if self._is_small or len(chunks) < len(self._in_hand) else outcome.seconds
             self._last = (batch.chunks, outcome.vectors.copy(), seconds)
             self._record(batch.chunks, outcome.vectors)
             return outcome.vectors
@@ -150,7 +149,7 @@ class PipelineSteps:
             if matrix.shape != (len(chunks), self._dim):
                 expected = (len(chunks), self._dim)
                 raise OptionsError(f"vectors have the shape {matrix.shape}; those of the chunks have {expected}")
-            if is_last and not np.array_equal(matrix, recorded, equal_nan=True):
+            if is_last and recorded is not None and not np.array_equal(matrix, recorded, equal_nan=True):
                 raise OptionsError("`embed` has recorded other vectors of these chunks: it records what it returns")
             self._record(chunks, matrix)
         elif any(chunk in self._in_hand for chunk in chunks):

@@ -18,8 +18,8 @@ from asyncembed.engine.client import EngineClient
 from asyncembed.engine.engine import Engine
 from asyncembed.engine.model_thread import EncoderThread
 from asyncembed.errors import AsyncEmbedError, ClosedError, ModelError
+from asyncembed.limit_memory import LimitMemory
 from asyncembed.options import EmbedOptions
-from asyncembed.remembering import LimitKeeper
 from asyncembed.threads import WorkerThread, watch
 
 State = Literal["new", "loading", "open", "closing", "closed", "broken"]
@@ -89,7 +89,7 @@ class EmbedderLife:
         self._client: EngineClient | None = None
         self._requests: Requests | None = None
         self._error: Exception | None = None
-        self._limits: LimitKeeper | None = None
+        self._limits: LimitMemory | None = None
         self._is_orphan = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,7 +174,7 @@ class EmbedderLife:
         """Load the model and work until the end; whatever ends it, everyone who waits is told."""
         try:
             encoder, chunkers = await self._model_thread.run(_load, self.options)
-            self._limits = await self._model_thread.run(LimitKeeper, encoder, self.options.token_limit)
+            self._limits = await self._model_thread.run(LimitMemory, encoder, self.options.token_limit)
             engine, client, requests = self._open(self._limits, chunkers)
             self._ready.set()
             async with anyio.create_task_group() as group:
@@ -203,7 +203,7 @@ class EmbedderLife:
                 self._error = error
             scope.cancel()
 
-    def _open(self, limits: LimitKeeper, chunkers: InstructionChunkers) -> tuple[Engine, EngineClient, Requests]:
+    def _open(self, limits: LimitMemory, chunkers: InstructionChunkers) -> tuple[Engine, EngineClient, Requests]:
         options = self.options
         self._engine = Engine(
             EncoderThread(limits.encoder, limits.estimator, thread=self._model_thread, max_rows=options.batch_size)

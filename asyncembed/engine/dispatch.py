@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from math import inf
 
 import anyio
 
@@ -115,7 +114,7 @@ class Dispatcher:
             done = self.scheduler.succeeded(encoder.state, batch, outcome.vectors)
             if not is_probe:
                 # A small batch is no sample of the speed of the size in use.
-                encoder.state.estimator.succeed(batch.padded_tokens, inf if batch.is_small else outcome.seconds)
+                encoder.state.estimator.succeed(batch.padded_tokens, None if batch.is_small else outcome.seconds)
                 totals.batches += 1
                 totals.row_tokens += batch.row_tokens
                 totals.padded_tokens += batch.padded_tokens

@@ -41,7 +41,7 @@ class LimitEstimator(Protocol):
         ...
 
     def succeed(self, n_tokens: int, seconds: float | None = None) -> None:
-        """A batch of so many padded tokens ran; infinite seconds say nothing about the speed of the limit."""
+        """A batch of so many padded tokens ran; None if it is no sample of the limit's speed."""
         ...
 
     def fail(self, n_tokens: int) -> None:

@@ -25,10 +25,10 @@ from asyncembed.engine.splitting import TextSplitter
 from asyncembed.errors import ClosedError, StoreError, TextsFailedError
 from asyncembed.job.loading import load_all
 from asyncembed.job.lookup import LOOKED_AT, RUN_BY_US, Entry, Lookup, check_folder
+from asyncembed.limit_memory import LimitMemory
 from asyncembed.memory import MemoryBudget, peak_rss_bytes
 from asyncembed.options import EmbedOptions
 from asyncembed.records import EmbeddedText, Rejected, SourceItem, Summary, Text, process_seconds
-from asyncembed.remembering import LimitKeeper
 from asyncembed.sinks import JsonStore
 from asyncembed.sources import TextFeed
 from asyncembed.threads import WorkerThread
@@ -134,7 +134,7 @@ class JobParts:
 
     splitter: TextSplitter | None = None
     estimator: LimitEstimator | None = None
-    limits: LimitKeeper | None = None
+    limits: LimitMemory | None = None
     want_results: bool = True
     on_loaded: Callable[[], None] | None = None
     on_progress: Callable[[], None] | None = None
@@ -301,7 +301,7 @@ class Job:
             await self._run_engine(self._new_engine(encoder, self._parts.estimator), chunker)
             return
         if self._limits is None:
-            self._limits = await self._model_thread.run(LimitKeeper, encoder, self._options.token_limit)
+            self._limits = await self._model_thread.run(LimitMemory, encoder, self._options.token_limit)
         await self._run_engine(self._new_engine(self._limits.encoder, self._limits.estimator), chunker)
 
     def _new_engine(self, encoder: Encoder, estimator: LimitEstimator) -> Engine:

@@ -29,7 +29,7 @@ ROOMS = [
     ["engine"],
     ["sources", "sinks"],
     ["admission"],
-    ["remembering"],
+    ["limit_memory"],
     ["limits"],
     ["encoders"],
     ["cache", "memory", "threads"],

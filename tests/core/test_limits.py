@@ -28,7 +28,7 @@ class AnyHistory(RuleBasedStateMachine):
     def begin(self, maximum: int | None, data: st.DataObject) -> None:
         initial = data.draw(st.none() | st.integers(1, maximum or 50_000))
         self.maximum = maximum
-        self.estimator = TokenLimitEstimator(initial, max_limit=maximum)
+        self.estimator = TokenLimitEstimator(initial, max_limit=maximum, tunes_speed=data.draw(st.booleans()))
         if initial is not None:
             assert self.estimator() == initial
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,128 +16,59 @@ from asyncembed.memory import DEFAULT_BUDGET_CAP, MemoryBudget, available_bytes,
 MIB = 1 << 20
 
 
-class Kernel:
+LAYOUTS: dict[str, tuple[list[str], dict[str, Any], int | None]] = {
+    "no cgroups": ([], {}, None),
+    "v2: limit less usage": (["0::/user/job"], {"user/job": (500, 200)}, 300),
+    "v2: cache that the kernel drops is free": (["0::/job"], {"job": (500, 400, 150)}, 250),
+    "v2: a tighter parent counts": (["0::/a/b/c"], {"a/b/c": (900, 100), "a/b": ("max", 200), "a": (300, 250)}, 50),
+    "v2: a sibling does not count": (["0::/a/b"], {"a/b": (900, 100), "a/x": (10, 10)}, 800),
+    "v2: a namespace of its own reads the root": (["0::/"], {"": (64, 4)}, 60),
+    "v2: no limit anywhere": (["0::/a"], {"a": ("max", 5)}, None),
+    "v2: over the limit": (["0::/a"], {"a": (10, 12)}, 0),
+    "v2: usage missing is no limit": (["0::/a"], {"a": (10, None)}, None),
+    "own path unreadable reads the root": ([], {"": (64, 4)}, 60),
+    "v1: limit less usage with cache that the kernel drops": (
+        ["5:cpu,cpuacct:/elsewhere", "4:memory:/docker/abc"],
+        {"memory/docker/abc": (700, 600, 50)},
+        150,
+    ),
+    "v1: a huge number is no limit": (["4:memory:/docker/abc"], {"memory/docker/abc": (1 << 43, 600)}, None),
+    # Without a namespace of its own a container sees the host's path, and its own files at the top.
+    "v1: a path outside the container reads the root": (["4:memory:/docker/abc"], {"memory": (100, 30)}, 70),
+    "hybrid: the memory controller of v1": (
+        ["4:memory:/box", "1:name=systemd:/init", "0::/init/scope"],
+        {"unified/init/scope": (None, None), "memory/box": (80, 30)},
+        50,
+    ),
+}
+"""Lines of this process's own cgroups, folders with limit, usage and cache in MiB, and the MiB that are available."""
+
+
+def lay_out(tmp_path: Path, own: list[str], folders: dict[str, Any]) -> tuple[Path, Path]:
     """Two folders that stand where `/sys/fs/cgroup` and `/proc` do."""
-
-    def __init__(self, folder: Path) -> None:
-        self.root, self.proc = folder / "cgroup", folder / "proc"
-        self.root.mkdir()
-        (self.proc / "self").mkdir(parents=True)
-
-    def own(self, *lines: str) -> None:
-        (self.proc / "self/cgroup").write_text("".join(f"{line}\n" for line in lines))
-
-    def v2(self, path: str, limit: object, usage: object, inactive: int | None = None) -> None:
-        folder = self.root / path
+    root, proc = tmp_path / "cgroup", tmp_path / "proc"
+    (proc / "self").mkdir(parents=True, exist_ok=True)
+    if own:
+        (proc / "self/cgroup").write_text("".join(f"{line}\n" for line in own))
+    for path, (limit, usage, *cache) in folders.items():
+        folder = root / path
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "memory.max").write_text(f"{limit}\n")
-        (folder / "memory.current").write_text(f"{usage}\n")
-        if inactive is not None:
-            lines = ["anon 111", "file 5000", f"inactive_file {inactive}", "active_file 7", "total_inactive_file 1"]
-            (folder / "memory.stat").write_text("\n".join(lines) + "\n")
-
-    def v1(self, path: str, limit: object, usage: object, inactive: int | None = None) -> None:
-        folder = self.root / "memory" / path
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
-        (folder / "memory.usage_in_bytes").write_text(f"{usage}\n")
-        if inactive is not None:
-            (folder / "memory.stat").write_text(f"cache 9\ninactive_file 1\ntotal_inactive_file {inactive}\n")
-
-    def available(self) -> int | None:
-        return cgroup_available(self.root, self.proc)
+        is_v1 = path.startswith("memory")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if is_v1 else ("memory.max", "memory.current")
+        for name, amount in zip(names, (limit, usage), strict=True):
+            if amount is not None:
+                (folder / name).write_text(f"{amount * MIB if isinstance(amount, int) else amount}\n")
+        if cache:
+            counts = (1, cache[0] * MIB) if is_v1 else (cache[0] * MIB, 1)
+            lines = ["anon 111", "file 5000", "inactive_file {}", "active_file 7", "total_inactive_file {}"]
+            (folder / "memory.stat").write_text("\n".join(lines).format(*counts) + "\n")
+    return root, proc
 
 
-@pytest.fixture
-def kernel(tmp_path: Path) -> Kernel:
-    return Kernel(tmp_path)
-
-
-def test_cgroup_available_no_cgroups_is_none(kernel: Kernel) -> None:
-    assert kernel.available() is None
-
-
-def test_cgroup_available_v2_is_limit_less_usage(kernel: Kernel) -> None:
-    kernel.own("0::/user/job")
-    kernel.v2("user/job", 500 * MIB, 200 * MIB)
-    assert kernel.available() == 300 * MIB
-
-
-def test_cgroup_available_v2_page_cache_the_kernel_can_drop_is_free(kernel: Kernel) -> None:
-    kernel.own("0::/job")
-    kernel.v2("job", 500 * MIB, 400 * MIB, inactive=150 * MIB)
-    assert kernel.available() == 250 * MIB
-
-
-def test_cgroup_available_v2_tighter_parent_counts(kernel: Kernel) -> None:
-    kernel.own("0::/a/b/c")
-    kernel.v2("a/b/c", 900 * MIB, 100 * MIB)
-    kernel.v2("a/b", "max", 200 * MIB)
-    kernel.v2("a", 300 * MIB, 250 * MIB)
-    assert kernel.available() == 50 * MIB
-
-
-def test_cgroup_available_v2_sibling_does_not_count(kernel: Kernel) -> None:
-    kernel.own("0::/a/b")
-    kernel.v2("a/b", 900 * MIB, 100 * MIB)
-    kernel.v2("a/x", 10 * MIB, 10 * MIB)
-    assert kernel.available() == 800 * MIB
-
-
-def test_cgroup_available_v2_own_namespace_reads_the_root(kernel: Kernel) -> None:
-    kernel.own("0::/")
-    kernel.v2("", 64 * MIB, 4 * MIB)
-    assert kernel.available() == 60 * MIB
-
-
-def test_cgroup_available_v2_max_everywhere_is_none(kernel: Kernel) -> None:
-    kernel.own("0::/a")
-    kernel.v2("a", "max", 5 * MIB)
-    assert kernel.available() is None
-
-
-def test_cgroup_available_v2_over_the_limit_is_zero(kernel: Kernel) -> None:
-    kernel.own("0::/a")
-    kernel.v2("a", 10 * MIB, 12 * MIB)
-    assert kernel.available() == 0
-
-
-def test_cgroup_available_v2_usage_missing_is_no_limit(kernel: Kernel) -> None:
-    kernel.own("0::/a")
-    kernel.v2("a", 10 * MIB, 2 * MIB)
-    (kernel.root / "a/memory.current").unlink()
-    assert kernel.available() is None
-
-
-def test_cgroup_available_own_path_unreadable_reads_the_root(kernel: Kernel) -> None:
-    kernel.v2("", 64 * MIB, 4 * MIB)
-    assert kernel.available() == 60 * MIB
-
-
-def test_cgroup_available_v1_is_limit_less_usage_with_droppable_cache(kernel: Kernel) -> None:
-    kernel.own("5:cpu,cpuacct:/elsewhere", "4:memory:/docker/abc")
-    kernel.v1("docker/abc", 700 * MIB, 600 * MIB, inactive=50 * MIB)
-    assert kernel.available() == 150 * MIB
-
-
-def test_cgroup_available_v1_huge_number_is_no_limit(kernel: Kernel) -> None:
-    kernel.own("4:memory:/docker/abc")
-    kernel.v1("docker/abc", 9223372036854771712, 600 * MIB)
-    assert kernel.available() is None
-
-
-def test_cgroup_available_v1_path_outside_the_container_reads_the_root(kernel: Kernel) -> None:
-    """Without a namespace of its own a container sees the host's path, and its own files at the top."""
-    kernel.own("4:memory:/docker/abc")
-    kernel.v1("", 100 * MIB, 30 * MIB)
-    assert kernel.available() == 70 * MIB
-
-
-def test_cgroup_available_hybrid_reads_the_memory_controller_of_v1(kernel: Kernel) -> None:
-    kernel.own("4:memory:/box", "1:name=systemd:/init", "0::/init/scope")
-    (kernel.root / "unified/init/scope").mkdir(parents=True)
-    kernel.v1("box", 80 * MIB, 30 * MIB)
-    assert kernel.available() == 50 * MIB
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cgroup_available_is_the_least_that_any_of_them_allows(layout: str, tmp_path: Path) -> None:
+    own, folders, n_mib = LAYOUTS[layout]
+    assert cgroup_available(*lay_out(tmp_path, own, folders)) == (None if n_mib is None else n_mib * MIB)
 
 
 def test_cgroup_available_this_machine_is_a_number_or_none() -> None:
@@ -171,23 +103,16 @@ def test_memory_budget_growth_counts_from_the_baseline() -> None:
     assert len(grown) == 96 * MIB
 
 
-def test_memory_bound_is_the_tightest_limit_on_the_way_up(kernel: Kernel) -> None:
+def test_memory_bound_is_the_tightest_limit_on_the_way_up(tmp_path: Path) -> None:
     total = psutil.virtual_memory().total
-    kernel.own("0::/a/b")
-    kernel.v2("a/b", "max", 0)
-    assert memory_bound(kernel.root, kernel.proc) <= total
-    kernel.v2("a", 64 * MIB, 0)
-    assert memory_bound(kernel.root, kernel.proc) == 64 * MIB
-    kernel.own("4:memory:/box")
-    kernel.v1("box", 32 * MIB, 0)
-    assert memory_bound(kernel.root, kernel.proc) == 32 * MIB
+    own = ["0::/a/b", "4:memory:/box"]
+    assert memory_bound(*lay_out(tmp_path, own, {"a/b": ("max", 0)})) <= total
+    assert memory_bound(*lay_out(tmp_path, own, {"a": (64, 0)})) == 64 * MIB
+    assert memory_bound(*lay_out(tmp_path, own, {"memory/box": (32, 0)})) == 32 * MIB
 
 
 _IN_A_CGROUP = """
 import os, sys
-import os
-import subprocess
-import sys
 from pathlib import Path
 (Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))
 from asyncembed.memory import available_bytes, memory_bound

@@ -20,8 +20,8 @@ from asyncembed.encoders.loading import model_folder
 from asyncembed.encoders.openvino_encoder import OpenVinoEncoder, supported_dtypes
 from asyncembed.errors import ModelError
 from asyncembed.records import Batch, Chunk
+from tests.children import row_batch
 from tests.conftest import ROOT
-from tests.remembering.children import row_batch
 
 TEXTS = [f"A sentence about {word}. " * n for n, word in enumerate(["boats", "rain", "lamps", "数学", "music"], 1)]
 

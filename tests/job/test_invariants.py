@@ -198,7 +198,7 @@ def test_memory_stays_flat_over_a_long_stream() -> None:
     `bin/soak --oom` has the same with 300,000.
     """
     grown = subprocess.run(
-        [sys.executable, "-m", "tests.remembering.children", "grown", "20000", "80000"],
+        [sys.executable, "-m", "tests.children", "grown", "20000", "80000"],
         cwd=ROOT, capture_output=True, text=True, timeout=110, check=False,
     )  # fmt: skip
     assert (grown.returncode, grown.stderr) == (0, "")

@@ -91,7 +91,7 @@ def _child(cache: Path, *arguments: str) -> Any:
     """What a job in a process and with a cache of its own printed; how it ended, as text, if it did not end well."""
     cache.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, "-m", "tests.remembering.children", *arguments]
+    command = [sys.executable, "-m", "tests.children", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout)

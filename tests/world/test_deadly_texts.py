@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.remembering.test_keeper import child
+from tests.core.test_limit_memory import child
 
 
 def test_job_text_that_kills_every_run_fails_alone_after_two_deaths(tmp_path: Path) -> None:

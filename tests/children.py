@@ -1,4 +1,4 @@
-"""Jobs run in processes of their own, as `python -m tests.remembering.children WHAT …`: each prints a JSON object."""
+"""Jobs run in processes of their own, as `python -m tests.children WHAT …`: each prints a JSON object."""
 
 from __future__ import annotations
 

@@ -1,0 +1,392 @@
+"""Remembers what an estimator learns for the next run, and notes the batches that are larger than any before.
+
+There is one small file for each model and device in the user's cache folder; one that is damaged is as good as none. A
+note is a file of its own, with the process that wrote it: found after that process has died, the batch it tells of was
+the last thing that it did. The folder may be shared with other hosts; a note is judged only by its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from asyncembed.cache import cache_folder, write_small
+from asyncembed.encoders import Encoder, FloatMatrix
+from asyncembed.errors import KilledBeforeError
+from asyncembed.limits import LearntLimit, estimator_for
+from asyncembed.memory import available_bytes, memory_bound, peak_rss_bytes, rss_bytes, tokens_that_fit
+from asyncembed.records import Batch
+
+logger = logging.getLogger("asyncembed")
+
+RETUNE_AFTER_S = 30 * 86_400
+"""The fastest size is searched for again after so long: drivers and libraries change."""
+
+FORGET_KILL_AFTER_S = 7 * 86_400
+"""A size that a run was killed for is doubted after so long: it may have been a neighbour's fault, or a person's."""
+
+LARGER = 1.04
+"""A batch is larger than any before if it is by so much: a handful of notes is written and not a hundred."""
+
+LOOK_EVERY = 32
+"""Batches between two looks at how much memory is free."""
+
+DEATHS_TO_GIVE_UP = 2
+"""A chunk that ran alone at so many deaths fails its text: one death may be a neighbour's fault, or a person's."""
+
+MEMORY_STEP = 64 << 20
+"""The machine's memory is told apart in such steps; kernels differ by a few pages from boot to boot."""
+
+_FORMAT = 1
+_CLOCK_SLACK_S = 2.0
+_DAMAGED = (ValueError, KeyError, TypeError, OverflowError)
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of a model on a device.
+
+    Attributes:
+        learnt: The limit and the size, in padded tokens; None if nothing was learnt.
+        largest: The largest batch in padded tokens that has run here; 0 if none has.
+        bytes_per_token: What a padded token of it took while it ran; None if that was never measured.
+        tuned_at: When the fastest size was found, in seconds since 1970; None if it was not.
+        killed_on: When a run was killed last, in seconds since 1970; None if none was.
+        deaths: How often a run was killed while one chunk ran and nothing beside it, by the digest of the chunk.
+    """
+
+    learnt: LearntLimit | None = None
+    largest: int = 0
+    bytes_per_token: float | None = None
+    tuned_at: float | None = None
+    killed_on: float | None = None
+    deaths: dict[str, int] = field(default_factory=dict)
+
+
+class LimitMemory:
+    """The estimator of a run, begun with what earlier runs learnt, and its encoder, watched.
+
+    With a `token_limit` of the user's own nothing is remembered. The disk is touched only when a batch is larger than
+    any that has run on this machine, or when something was learnt that the next run should know.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        token_limit: int | None = None,
+        *,
+        folder: Path | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.plain_encoder = encoder
+        self._clock = clock
+        self._facts = _facts_of(encoder)
+        key = hashlib.sha256(json.dumps([_FORMAT, self._facts], sort_keys=True).encode()).hexdigest()[:40]
+        self.path = (folder if folder is not None else cache_folder() / "limits") / f"{key}.json"
+        self._note = self.path.with_suffix(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.trial")
+        self._has_warned = False
+        self._is_kept = token_limit is None
+        self._known = _Known()
+        if self._is_kept:
+            self._load()
+            self._learn_deaths()
+        learnt = self._known.learnt
+        self._killed_at = learnt.killed_at if learnt is not None else None
+        self.estimator = estimator_for(encoder.device, token_limit, learnt=learnt, slots=encoder.slots)
+        self.encoder: Encoder = WatchedEncoder(encoder, self) if self._is_kept else encoder
+        self._shares_memory = encoder.device.split(":")[0] in ("cpu", "mps")
+        self._trial: int | None = None
+        self._rss_before = self._peak_before = 0
+        self._n_batches = 0
+        self._look()
+
+    def __repr__(self) -> str:
+        return f"<LimitMemory {self.estimator!r} largest={self._known.largest} {self.path}>"
+
+    def suspect(self, batch: Batch) -> str | None:
+        """The digest of a batch's only chunk if a run was killed in a batch no larger: such a chunk runs alone.
+
+        Raises:
+            KilledBeforeError: It ran alone at two deaths, and would kill every run.
+        """
+        if len(batch.chunks) > 1 or (self._killed_at is None and not self._known.deaths):
+            return None
+        chunk = hashlib.sha256(batch.chunks[0].ids.tobytes()).hexdigest()[:32]
+        if self._known.deaths.get(chunk, 0) >= DEATHS_TO_GIVE_UP:
+            raise KilledBeforeError(batch.padded_tokens)
+        return chunk if self._killed_at is not None and batch.padded_tokens >= self._killed_at else None
+
+    def survived(self, chunk: str) -> None:
+        """Forgets the deaths of a chunk that has run alone: they were not its fault."""
+        self._known.deaths.pop(chunk, None)
+
+    def before(self, n_tokens: int, chunk: str | None = None) -> None:
+        """Notes a batch of `n_tokens` padded tokens that is larger than any before; `chunk` is one that runs alone.
+
+        The note is flushed to the disk before this returns.
+        """
+        learnt, known = self.estimator.learnt(), self._known.learnt
+        # The next run should know it at once, and not only if this one ends well.
+        if (learnt.failed_at, learnt.fastest) != ((known.failed_at, known.fastest) if known else (None, None)):
+            self.save()
+        self._n_batches += 1
+        if self._n_batches % LOOK_EVERY == 0:
+            self._look()
+        if n_tokens <= max(LARGER * self._known.largest, self._trial or 0):
+            return
+        self._trial = n_tokens
+        if self._shares_memory:  # elsewhere memory that runs out is an exception
+            process = psutil.Process()
+            note = {"n_tokens": n_tokens, "chunk": chunk, "pid": process.pid, "started": process.create_time()}
+            self._write(self._note, {**note, "host": socket.gethostname()}, flush=True)
+            self._rss_before, self._peak_before = rss_bytes(), peak_rss_bytes()
+
+    def after(self, n_tokens: int, error: BaseException | None = None) -> None:
+        """Removes the note of a batch that has run, or ended in an error: the process survived it."""
+        if self._trial is None or n_tokens < self._trial:
+            return
+        if error is None:
+            self._known.largest = n_tokens
+            peak = peak_rss_bytes()
+            if self._shares_memory and peak > max(self._peak_before, self._rss_before):
+                self._known.bytes_per_token = (peak - self._rss_before) / n_tokens
+                self._look()
+            self.save()  # first: a note may outlive the batch, but must not be gone before it is known to have run
+        self._end_trial()
+
+    def save(self) -> None:
+        """Keep what is known now."""
+        if not self._is_kept:
+            return
+        known, learnt = self._known, self.estimator.learnt()
+        before, known.learnt = known.learnt, learnt
+        if learnt.fastest is None:
+            known.tuned_at = None
+        elif not learnt.is_old and (before is None or before.is_old or before.fastest != learnt.fastest):
+            known.tuned_at = self._clock()
+        if learnt.killed_at is None:
+            known.killed_on = None
+        if learnt.fastest or learnt.failed_at or learnt.killed_at or known.largest:
+            self._store()
+
+    def close(self) -> None:
+        """The run is over: keep what it learnt, and withdraw its note. It may be used again."""
+        self.save()
+        self._end_trial()
+
+    def _end_trial(self) -> None:
+        self._trial = None
+        with suppress(OSError):
+            self._note.unlink(missing_ok=True)
+
+    def _load(self) -> None:
+        """Read what earlier runs left."""
+        try:
+            self._known = _decode(json.loads(self.path.read_bytes()), self._clock())
+        except FileNotFoundError:
+            pass
+        except (OSError, *_DAMAGED) as error:
+            logger.info("what was learnt of batches cannot be read from %s (%s); it is learnt anew", self.path, error)
+
+    def _learn_deaths(self) -> None:
+        """Learn from the notes of processes that died, and remove these.
+
+        A note of another host is left alone, and dropped after a week: no batch takes so long. Of two processes that
+        look at once, only one is told of a note.
+        """
+        killed_at: list[int] = []
+        for note in self.path.parent.glob(f"{self.path.stem}.*.trial"):
+            try:
+                death = _death_in(json.loads(note.read_bytes()))
+                if death is None and self._clock() - note.stat().st_mtime < FORGET_KILL_AFTER_S:
+                    continue
+                note.unlink()
+            except OSError:
+                continue
+            except _DAMAGED:
+                with suppress(OSError):
+                    note.unlink()
+                continue
+            if death is not None:
+                n_tokens, chunk = death
+                killed_at.append(n_tokens)
+                if chunk is not None:
+                    self._known.deaths[chunk] = self._known.deaths.get(chunk, 0) + 1
+        if killed_at:
+            known, smallest = self._known, min(killed_at)
+            known.learnt = (known.learnt or LearntLimit(limit=smallest)).after_kill(smallest)
+            known.largest = min(known.largest, int((smallest - 1) / LARGER))
+            known.killed_on = self._clock()
+            self._store()
+
+    def _store(self) -> None:
+        """Write the file, in place of what was there."""
+        remembered = asdict(self._known)
+        remembered |= remembered.pop("learnt")
+        del remembered["is_old"]
+        self._write(self.path, {**self._facts, "remembered": remembered})
+
+    def _write(self, path: Path, data: Mapping[str, Any], *, flush: bool = False) -> None:
+        """Write a file. A cache that cannot be written is warned of once."""
+        try:
+            write_small(path, json.dumps(data, indent=1).encode(), flush=flush)
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning("what is learnt of batches cannot be kept for the next run: %s", error)
+
+    def _look(self) -> None:
+        """Heed how much memory is free: where it is the process's own, running out of it is a kill."""
+        per_token = self._known.bytes_per_token
+        if self._shares_memory and per_token is not None:
+            self.estimator.keep_below(tokens_that_fit(available_bytes(), per_token, self.plain_encoder.slots))
+
+
+class WatchedEncoder:
+    """Does what its encoder does, and tells the memory of every batch before it starts and after it has ended.
+
+    A chunk as large as a batch that a run was killed in runs alone, so that its note cannot blame another: batches
+    under way are waited for before it starts, and it ends before the next begins. One that killed two runs so is not
+    tried.
+    """
+
+    def __init__(self, encoder: Encoder, memory: LimitMemory) -> None:
+        self.name, self.device, self.backend, self.dtype = encoder.name, encoder.device, encoder.backend, encoder.dtype
+        self.dim, self.max_tokens, self.prompt = encoder.dim, encoder.max_tokens, encoder.prompt
+        self.slots = encoder.slots
+        self.tokenizer, self.free_memory = encoder.tokenizer, encoder.free_memory
+        self.fingerprint, self.made_with = encoder.fingerprint, encoder.made_with
+        self._encoder = encoder
+        self._memory = memory
+        self._under_way: dict[Future[FloatMatrix], tuple[int, Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """What an encoder may have besides, such as the model's own `prompts`."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._encoder, name)
+
+    def start(self, batch: Batch) -> Future[FloatMatrix]:
+        """Put a batch under way and return a handle.
+
+        Raises:
+            KilledBeforeError: It is a chunk that two runs were killed on.
+        """
+        chunk, n_tokens = self._memory.suspect(batch), batch.padded_tokens
+        if chunk is not None:
+            for other in list(self._under_way):
+                self._end(other)
+        self._memory.before(n_tokens, chunk)
+        handle: Future[FloatMatrix] = Future()
+        try:
+            self._under_way[handle] = n_tokens, self._encoder.start(batch)
+        except BaseException as error:
+            self._memory.after(n_tokens, error)
+            raise
+        if chunk is not None:
+            self._end(handle)
+            self._memory.survived(chunk)
+        return handle
+
+    def finish(self, handle: Future[FloatMatrix]) -> FloatMatrix:
+        """Wait for a batch: shape `(rows, dim)` float32."""
+        self._end(handle)
+        return handle.result()
+
+    def _end(self, handle: Future[FloatMatrix]) -> None:
+        """Wait for a batch and tell the memory; what became of it stays with its handle."""
+        if handle not in self._under_way:
+            return
+        n_tokens, started = self._under_way.pop(handle)
+        try:
+            handle.set_result(self._encoder.finish(started))
+        except BaseException as error:
+            handle.set_exception(error)
+            self._memory.after(n_tokens, error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self._memory.after(n_tokens)
+
+
+def _facts_of(encoder: Encoder) -> dict[str, Any]:
+    """What decides about an encoder's batches: the model, what runs it, and on what machine."""
+    return {
+        "model": str(Path(encoder.name).resolve()) if os.path.isdir(encoder.name) else encoder.name,
+        "dim": encoder.dim,
+        "max_tokens": encoder.max_tokens,
+        "backend": encoder.backend,
+        "dtype": encoder.dtype,
+        "device": encoder.device,
+        "device_memory": _device_memory(encoder.device),
+        "cpus": os.cpu_count(),
+        "memory": memory_bound() // MEMORY_STEP * MEMORY_STEP,
+    }
+
+
+def _device_memory(device: str) -> str:
+    """A GPU's name and memory; empty for a CPU."""
+    if not device.startswith("cuda"):
+        return ""
+    import torch
+
+    facts = torch.cuda.get_device_properties(torch.device(device))
+    return f"{facts.name} {facts.total_memory}"
+
+
+def _death_in(note: Any) -> tuple[int, str | None] | None:
+    """The tokens of a note's batch and its chunk, if its process has died here; else None."""
+    n_tokens, chunk = _number(note["n_tokens"]), note.get("chunk")
+    pid, started = int(note["pid"]), float(note["started"])
+    if note["host"] != socket.gethostname():
+        return None
+    # A process's number is used again: only one that started then is the same.
+    with suppress(psutil.NoSuchProcess):
+        try:
+            if abs(psutil.Process(pid).create_time() - started) < _CLOCK_SLACK_S:
+                return None
+        except psutil.AccessDenied:
+            return None
+    return n_tokens, chunk if isinstance(chunk, str) else None
+
+
+def _decode(data: Any, now: float) -> _Known:
+    """What a file holds, without what is too old."""
+    found = data["remembered"]
+    sizes = {name: _number(found[name], or_none=True) for name in ("failed_at", "killed_at", "fastest")}
+    times = {name: _number(found[name], float, or_none=True) for name in ("tuned_at", "killed_on")}
+    if not 0 <= now - (times["killed_on"] or inf) < FORGET_KILL_AFTER_S:
+        sizes["killed_at"] = None
+    is_old = not 0 <= now - (times["tuned_at"] or inf) < RETUNE_AFTER_S
+    successes = _number(found["successes"], least=0)
+    return _Known(
+        LearntLimit(limit=_number(found["limit"]), successes=successes, is_old=is_old, **sizes),
+        _number(found["largest"], least=0),
+        _number(found["bytes_per_token"], float, or_none=True),
+        deaths={chunk: _number(count) for chunk, count in dict(found.get("deaths", {})).items()},
+        **times,
+    )
+
+
+def _number(value: Any, kind: type = int, *, least: int = 1, or_none: bool = False) -> Any:
+    if value is None and or_none:
+        return None
+    if kind is float and type(value) in (int, float) and 0 < value < inf:
+        return float(value)
+    if kind is int and type(value) is int and value >= least:
+        return value
+    raise ValueError(f"{value!r} is not what was stored")
