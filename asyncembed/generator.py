@@ -374,7 +374,7 @@ class EmbeddingGenerator:
 
     def _kept_limits(self) -> LimitMemory:
         encoder = self._encoder()
-        if self._limits is None or self._limits.plain_encoder is not encoder:
+        if self._limits is None or self._limits.encoder is not encoder:
             self._limits = LimitMemory(encoder)
         return self._limits
 
@@ -427,9 +427,9 @@ class EmbeddingGenerator:
                     writer.paths.root, encoder, Instruction(chunker.prompt, chunker.task), writer.some(LOOKED_AT)
                 )
         return PipelineSteps(
-            encoder if self._estimator is not None else self._kept_limits().encoder,
+            encoder,
             chunker,
-            self.limit_estimator,
+            self._estimator if self._estimator is not None else self._kept_limits(),
             Client(normalize=options.normalize_embeddings, truncate_dim=options.truncate_dim),
             max_bytes=self.max_memory_usage,
             max_rows=options.batch_size,

@@ -15,7 +15,6 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import inf
@@ -25,7 +24,7 @@ from typing import Any
 import psutil
 
 from asyncembed.cache import cache_folder, write_small
-from asyncembed.encoders import Encoder, FloatMatrix
+from asyncembed.encoders import Encoder
 from asyncembed.errors import KilledBeforeError
 from asyncembed.limits import LearntLimit, estimator_for
 from asyncembed.memory import available_bytes, memory_bound, peak_rss_bytes, rss_bytes, tokens_that_fit
@@ -78,8 +77,9 @@ class _Known:
 
 
 class LimitMemory:
-    """The estimator of a run, begun with what earlier runs learnt, and its encoder, watched.
+    """The estimator of a run, begun with what earlier runs learnt, and what is to be told of each batch.
 
+    A batch is told of in the model's thread, with what the estimator has learnt by then: it belongs to the event loop.
     With a `token_limit` of the user's own nothing is remembered. The disk is touched only when a batch is larger than
     any that has run on this machine, or when something was learnt that the next run should know.
     """
@@ -92,7 +92,7 @@ class LimitMemory:
         folder: Path | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.plain_encoder = encoder
+        self.encoder = encoder
         self._clock = clock
         self._facts = _facts_of(encoder)
         key = hashlib.sha256(json.dumps([_FORMAT, self._facts], sort_keys=True).encode()).hexdigest()[:40]
@@ -107,8 +107,8 @@ class LimitMemory:
         learnt = self._known.learnt
         self._killed_at = learnt.killed_at if learnt is not None else None
         self.estimator = estimator_for(encoder.device, token_limit, learnt=learnt, slots=encoder.slots)
-        self.encoder: Encoder = WatchedEncoder(encoder, self) if self._is_kept else encoder
         self._shares_memory = encoder.device.split(":")[0] in ("cpu", "mps")
+        self._learnt = self.estimator.learnt()
         self._trial: int | None = None
         self._rss_before = self._peak_before = 0
         self._n_batches = 0
@@ -116,6 +116,11 @@ class LimitMemory:
 
     def __repr__(self) -> str:
         return f"<LimitMemory {self.estimator!r} largest={self._known.largest} {self.path}>"
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether anything is remembered, so that batches must be told of."""
+        return self._is_kept
 
     def suspect(self, batch: Batch) -> str | None:
         """The digest of a batch's only chunk if a run was killed in a batch no larger: such a chunk runs alone.
@@ -134,12 +139,12 @@ class LimitMemory:
         """Forgets the deaths of a chunk that has run alone: they were not its fault."""
         self._known.deaths.pop(chunk, None)
 
-    def before(self, n_tokens: int, chunk: str | None = None) -> None:
+    def before(self, n_tokens: int, learnt: LearntLimit, chunk: str | None = None) -> None:
         """Notes a batch of `n_tokens` padded tokens that is larger than any before; `chunk` is one that runs alone.
 
         The note is flushed to the disk before this returns.
         """
-        learnt, known = self.estimator.learnt(), self._known.learnt
+        self._learnt, known = learnt, self._known.learnt
         # The next run should know it at once, and not only if this one ends well.
         if (learnt.failed_at, learnt.fastest) != ((known.failed_at, known.fastest) if known else (None, None)):
             self.save()
@@ -172,7 +177,7 @@ class LimitMemory:
         """Keep what is known now."""
         if not self._is_kept:
             return
-        known, learnt = self._known, self.estimator.learnt()
+        known, learnt = self._known, self._learnt
         before, known.learnt = known.learnt, learnt
         if learnt.fastest is None:
             known.tuned_at = None
@@ -185,6 +190,7 @@ class LimitMemory:
 
     def close(self) -> None:
         """The run is over: keep what it learnt, and withdraw its note. It may be used again."""
+        self._learnt = self.estimator.learnt()
         self.save()
         self._end_trial()
 
@@ -253,74 +259,7 @@ class LimitMemory:
         """Heed how much memory is free: where it is the process's own, running out of it is a kill."""
         per_token = self._known.bytes_per_token
         if self._shares_memory and per_token is not None:
-            self.estimator.keep_below(tokens_that_fit(available_bytes(), per_token, self.plain_encoder.slots))
-
-
-class WatchedEncoder:
-    """Does what its encoder does, and tells the memory of every batch before it starts and after it has ended.
-
-    A chunk as large as a batch that a run was killed in runs alone, so that its note cannot blame another: batches
-    under way are waited for before it starts, and it ends before the next begins. One that killed two runs so is not
-    tried.
-    """
-
-    def __init__(self, encoder: Encoder, memory: LimitMemory) -> None:
-        self.name, self.device, self.backend, self.dtype = encoder.name, encoder.device, encoder.backend, encoder.dtype
-        self.dim, self.max_tokens, self.prompt = encoder.dim, encoder.max_tokens, encoder.prompt
-        self.slots = encoder.slots
-        self.tokenizer, self.free_memory = encoder.tokenizer, encoder.free_memory
-        self.fingerprint, self.made_with = encoder.fingerprint, encoder.made_with
-        self._encoder = encoder
-        self._memory = memory
-        self._under_way: dict[Future[FloatMatrix], tuple[int, Any]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        """What an encoder may have besides, such as the model's own `prompts`."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._encoder, name)
-
-    def start(self, batch: Batch) -> Future[FloatMatrix]:
-        """Put a batch under way and return a handle.
-
-        Raises:
-            KilledBeforeError: It is a chunk that two runs were killed on.
-        """
-        chunk, n_tokens = self._memory.suspect(batch), batch.padded_tokens
-        if chunk is not None:
-            for other in list(self._under_way):
-                self._end(other)
-        self._memory.before(n_tokens, chunk)
-        handle: Future[FloatMatrix] = Future()
-        try:
-            self._under_way[handle] = n_tokens, self._encoder.start(batch)
-        except BaseException as error:
-            self._memory.after(n_tokens, error)
-            raise
-        if chunk is not None:
-            self._end(handle)
-            self._memory.survived(chunk)
-        return handle
-
-    def finish(self, handle: Future[FloatMatrix]) -> FloatMatrix:
-        """Wait for a batch: shape `(rows, dim)` float32."""
-        self._end(handle)
-        return handle.result()
-
-    def _end(self, handle: Future[FloatMatrix]) -> None:
-        """Wait for a batch and tell the memory; what became of it stays with its handle."""
-        if handle not in self._under_way:
-            return
-        n_tokens, started = self._under_way.pop(handle)
-        try:
-            handle.set_result(self._encoder.finish(started))
-        except BaseException as error:
-            handle.set_exception(error)
-            self._memory.after(n_tokens, error)
-            if not isinstance(error, Exception):
-                raise
-        else:
-            self._memory.after(n_tokens)
+            self.estimator.keep_below(tokens_that_fit(available_bytes(), per_token, self.encoder.slots))
 
 
 def _facts_of(encoder: Encoder) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from asyncembed.engine.scheduler import EncoderState, LimitEstimator, Scheduler
 from asyncembed.engine.work import Client, Work
 from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError, OptionsError
 from asyncembed.job import Entry
+from asyncembed.limit_memory import LimitMemory
 from asyncembed.records import Batch, Chunk, FloatVector, Rejected, SourceItem, Text, text_id
 from asyncembed.sinks import StoredText
 from asyncembed.sinks.writer import FolderWriter
@@ -38,7 +39,7 @@ class PipelineSteps:
     Args:
         encoder: The model, run in the calling thread.
         chunker: Makes chunks.
-        estimator: The limit of a batch in padded tokens.
+        limits: The limit of a batch in padded tokens, or what remembers it.
         client: How vectors are normalised and truncated.
         max_bytes: Budget of the texts in flight.
         max_rows: Most rows of a batch.
@@ -49,7 +50,7 @@ class PipelineSteps:
         self,
         encoder: Encoder,
         chunker: Chunker,
-        estimator: LimitEstimator,
+        limits: LimitEstimator | LimitMemory,
         client: Client,
         *,
         max_bytes: int,
@@ -57,10 +58,11 @@ class PipelineSteps:
         writer: FolderWriter | None,
     ) -> None:
         self._dim = encoder.dim
-        self._runner = ModelRunner(encoder)
+        self._memory = limits if isinstance(limits, LimitMemory) else None
+        self._runner = ModelRunner(encoder, self._memory)
         self._chunker = chunker
         self._client = client
-        self._state = EncoderState(estimator, max_rows)
+        self._state = EncoderState(limits.estimator if isinstance(limits, LimitMemory) else limits, max_rows)
         self._scheduler = Scheduler()
         self._writer = writer
         self._admission = AdmissionQueue(max_bytes)
@@ -324,7 +326,7 @@ class PipelineSteps:
             self._finished.extend(work.take_waiters())
 
     def _run(self, batch: Batch) -> Outcome:
-        outcome = self._runner.advance(batch)
+        outcome = self._runner.advance(batch, self._memory.estimator.learnt() if self._memory is not None else None)
         # Asked without another, a model that takes several batches at once finishes those under way, oldest first:
         # one that an interrupt left behind, then this one.
         while outcome is None or outcome.batch is not batch:

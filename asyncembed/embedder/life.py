@@ -206,7 +206,13 @@ class EmbedderLife:
     def _open(self, limits: LimitMemory, chunkers: InstructionChunkers) -> tuple[Engine, EngineClient, Requests]:
         options = self.options
         self._engine = Engine(
-            EncoderThread(limits.encoder, limits.estimator, thread=self._model_thread, max_rows=options.batch_size)
+            EncoderThread(
+                limits.encoder,
+                limits.estimator,
+                thread=self._model_thread,
+                max_rows=options.batch_size,
+                memory=limits,
+            )
         )
         self._client = self._engine.open_client(
             chunkers,

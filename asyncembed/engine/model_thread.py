@@ -19,6 +19,8 @@ from asyncembed.encoders.failures import FailureKind, classify
 from asyncembed.engine.scheduler import EncoderState, LimitEstimator, Scheduler, priority_of
 from asyncembed.engine.work import Client
 from asyncembed.errors import ModelError
+from asyncembed.limit_memory import LimitMemory
+from asyncembed.limits import LearntLimit
 from asyncembed.records import Batch
 from asyncembed.threads import WorkerThread
 
@@ -46,35 +48,50 @@ class Outcome:
 class ModelRunner:
     """The work of the model's thread: batches in, outcomes out, as many under way as the encoder has slots."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, memory: LimitMemory | None = None) -> None:
         self._encoder = encoder
+        self._memory = memory if memory is not None and memory.is_kept else None
         self._under_way: deque[tuple[Batch, object, float]] = deque()
+        self._outcomes: deque[Outcome] = deque()
         self._fatal: Exception | None = None
         self._n_passed = 0
         self._ended = 0.0
 
-    def advance(self, batch: Batch | None) -> Outcome | None:
-        """Start `batch`, and finish one under way if all slots are taken or there is nothing to start.
+    def advance(self, batch: Batch | None, learnt: LearntLimit | None = None) -> Outcome | None:
+        """Starts `batch`, and finishes one under way if all slots are taken or there is nothing to start.
 
         That is the oldest of the most urgent: a device that runs several batches at once is soon done with a small
         urgent one, which must not wait for large ones that began before it. The oldest of all is passed by no more
-        often than there are slots.
+        often than there are slots. `learnt` is what the limit's memory is told with the batch.
         """
         if batch is not None:
-            started = time.perf_counter()
-            if self._fatal is not None:  # the device's context is dead: nothing it would give can be trusted
-                return Outcome(batch, None, 0.0, FailureKind.FATAL, self._fatal)
-            try:
-                handle = self._encoder.start(batch)
-            except Exception as error:
-                failed = error
-            else:
-                self._under_way.append((batch, handle, started))
-                if len(self._under_way) < self._encoder.slots:
-                    return None
-                return self._finish_next()
-            return self._failure(batch, failed, started)
-        return self._finish_next() if self._under_way else None
+            self._begin(batch, learnt)
+        if len(self._under_way) >= self._encoder.slots or (batch is None and self._under_way and not self._outcomes):
+            self._finish_next()
+        return self._outcomes.popleft() if self._outcomes else None
+
+    def _begin(self, batch: Batch, learnt: LearntLimit | None) -> None:
+        started, suspect, memory = time.perf_counter(), None, self._memory
+        if self._fatal is not None:  # the device's context is dead: nothing it would give can be trusted
+            self._outcomes.append(Outcome(batch, None, 0.0, FailureKind.FATAL, self._fatal))
+            return
+        try:
+            if memory is not None and learnt is not None:
+                # A chunk as large as a batch that a run was killed in runs alone, so that its note blames no other.
+                suspect = memory.suspect(batch)
+                while suspect is not None and self._under_way:
+                    self._finish_next()
+                memory.before(batch.padded_tokens, learnt, suspect)
+            handle = self._encoder.start(batch)
+        except Exception as error:
+            failed = error
+        else:
+            self._under_way.append((batch, handle, started))
+            if suspect is not None and memory is not None:
+                self._finish_next()
+                memory.survived(suspect)
+            return
+        self._fail(batch, failed, started)
 
     def _choose(self) -> int:
         """The place of the batch to finish."""
@@ -83,7 +100,7 @@ class ModelRunner:
         urgency = [priority_of(batch) for batch, _, _ in self._under_way]
         return urgency.index(min(urgency))
 
-    def _finish_next(self) -> Outcome:
+    def _finish_next(self) -> None:
         place = self._choose()
         self._n_passed = self._n_passed + 1 if place else 0
         batch, handle, started = self._under_way[place]
@@ -95,11 +112,14 @@ class ModelRunner:
         except Exception as error:
             failed = error
         else:
-            return Outcome(batch, vectors, self._end(started))
+            self._outcomes.append(Outcome(batch, vectors, self._end(started)))
+            if self._memory is not None:
+                self._memory.after(batch.padded_tokens)
+            return
         del handle
-        return self._failure(batch, failed, started)
+        self._fail(batch, failed, started)
 
-    def _failure(self, batch: Batch, error: Exception, started: float) -> Outcome:
+    def _fail(self, batch: Batch, error: Exception, started: float) -> None:
         """Called outside the `except` block, whose traceback would keep the batch's tensors alive."""
         kind = FailureKind.FATAL if isinstance(error, ModelError) else classify(error)
         if kind is FailureKind.FATAL:
@@ -112,7 +132,9 @@ class ModelRunner:
             except Exception as failed:  # the device may be beyond help: what it says then counts
                 if classify(failed) is FailureKind.FATAL:
                     self._fatal, kind, error = failed, FailureKind.FATAL, failed
-        return Outcome(batch, None, self._end(started), kind, error)
+        if self._memory is not None:
+            self._memory.after(batch.padded_tokens, error)
+        self._outcomes.append(Outcome(batch, None, self._end(started), kind, error))
 
     def _end(self, started: float) -> float:
         """Seconds of a batch that ends now."""
@@ -142,14 +164,21 @@ class EncoderThread:
     """One encoder with the thread that owns it, and the batches that are on their way to it and in it."""
 
     def __init__(
-        self, encoder: Encoder, estimator: LimitEstimator, *, thread: WorkerThread, max_rows: int | None = None
+        self,
+        encoder: Encoder,
+        estimator: LimitEstimator,
+        *,
+        thread: WorkerThread,
+        max_rows: int | None = None,
+        memory: LimitMemory | None = None,
     ) -> None:
         self.encoder = encoder
         self.state = EncoderState(estimator, max_rows)
         self.statistics = EncoderStatistics()
         self.thread = thread
         self.wake = asyncio.Event()
-        self._runner = ModelRunner(encoder)
+        self._memory = memory
+        self._runner = ModelRunner(encoder, memory)
         self._in_model: dict[int, Batch] = {}
         self._submitted: deque[_Submitted] = deque()
 
@@ -173,7 +202,8 @@ class EncoderThread:
             batch = scheduler.next_batch(self.state, slots - self.n_in_hand)
             if batch is None:
                 return
-            future = self.thread.submit(self._runner.advance, batch)
+            learnt = self._memory.estimator.learnt() if self._memory is not None else None
+            future = self.thread.submit(self._runner.advance, batch, learnt)
             self._submitted.append(_Submitted(batch, future))
             loop = asyncio.get_running_loop()
             future.add_done_callback(lambda _, loop=loop: _call_soon(loop, self.wake.set))  # type: ignore[misc]

@@ -302,11 +302,12 @@ class Job:
             return
         if self._limits is None:
             self._limits = await self._model_thread.run(LimitMemory, encoder, self._options.token_limit)
-        await self._run_engine(self._new_engine(self._limits.encoder, self._limits.estimator), chunker)
+        await self._run_engine(self._new_engine(encoder, self._limits.estimator), chunker)
 
     def _new_engine(self, encoder: Encoder, estimator: LimitEstimator) -> Engine:
         max_rows = self._options.batch_size
-        return Engine(EncoderThread(encoder, estimator, thread=self._model_thread, max_rows=max_rows))
+        thread = self._model_thread
+        return Engine(EncoderThread(encoder, estimator, thread=thread, max_rows=max_rows, memory=self._limits))
 
     async def _run_engine(self, engine: Engine, chunker: Chunker) -> None:
         options = self._options

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncembed import EmbeddingGenerator, Encoder, embed_stream
+from asyncembed import EmbeddingGenerator, embed_stream
 from asyncembed.encoders import FloatMatrix
+from asyncembed.engine.model_thread import ModelRunner
 from asyncembed.limit_memory import FORGET_KILL_AFTER_S, RETUNE_AFTER_S, LimitMemory
 from asyncembed.memory import tokens_that_fit
 from asyncembed.records import Batch
@@ -50,8 +51,22 @@ def batch_of(n_tokens: int) -> Batch:
     return Batch((chunk(n_tokens),))
 
 
+def begin_batch(memory: LimitMemory, n_tokens: int) -> ModelRunner:
+    """One that stays under way."""
+    memory.encoder.slots = 2
+    runner = ModelRunner(memory.encoder, memory)
+    assert runner.advance(batch_of(n_tokens), memory.estimator.learnt()) is None
+    return runner
+
+
 def run_batch(memory: LimitMemory, n_tokens: int) -> FloatMatrix:
-    return memory.encoder.finish(memory.encoder.start(batch_of(n_tokens)))
+    runner = ModelRunner(memory.encoder, memory)
+    outcome = runner.advance(batch_of(n_tokens), memory.estimator.learnt()) or runner.advance(None)
+    assert outcome is not None
+    if outcome.error is not None:
+        raise outcome.error
+    assert outcome.vectors is not None
+    return outcome.vectors
 
 
 def store(folder: Path, encoder: FakeEncoder, **changes: object) -> Path:
@@ -238,23 +253,14 @@ class Spy(FakeEncoder):
 def test_batch_larger_than_any_before_is_noted_while_it_runs(tmp_path: Path) -> None:
     spy = Spy(lambda: len(list(tmp_path.glob("*.trial"))))
     memory = LimitMemory(spy, folder=tmp_path)
-    assert isinstance(memory.encoder, Encoder)
     for n_tokens in (1000, 1000, 900, 1010, 2000, 2000, 1500):
         run_batch(memory, n_tokens)
         assert list(tmp_path.glob("*.trial")) == []
     assert spy.notes == [1, 0, 0, 0, 1, 0, 0]  # 1,010 is as good as tried
     memory.close()
     again = Spy(spy._look)
-    LimitMemory(again, folder=tmp_path).encoder.start(batch_of(2000))
+    run_batch(LimitMemory(again, folder=tmp_path), 2000)
     assert again.notes == [0]  # in another run too
-
-
-def test_watched_encoder_has_what_its_encoder_has_besides(tmp_path: Path) -> None:
-    encoder = FakeEncoder()
-    encoder.prompts = {"query": "query: "}  # type: ignore[attr-defined]  # as some encoders have
-    watched = LimitMemory(encoder, folder=tmp_path).encoder
-    assert watched.prompts == {"query": "query: "}  # type: ignore[attr-defined]
-    assert not hasattr(watched, "no_such_name")
 
 
 def test_batch_that_fails_is_no_death(tmp_path: Path) -> None:
@@ -263,7 +269,7 @@ def test_batch_that_fails_is_no_death(tmp_path: Path) -> None:
 
     memory = LimitMemory(FakeEncoder(on_batch=fail), folder=tmp_path)
     with pytest.raises(MemoryError):
-        memory.encoder.start(batch_of(500))
+        run_batch(memory, 500)
     assert list(tmp_path.glob("*.trial")) == []
 
 
@@ -272,7 +278,7 @@ def test_batch_that_fails_is_no_death(tmp_path: Path) -> None:
 
 def begin(folder: Path, n_tokens: int) -> Path:
     """The note of a batch that is under way in this process."""
-    LimitMemory(gpu(), folder=folder).encoder.start(batch_of(n_tokens))
+    begin_batch(LimitMemory(gpu(), folder=folder), n_tokens)
     (note,) = folder.glob("*.trial")
     return note
 
