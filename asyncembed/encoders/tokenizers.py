@@ -54,7 +54,11 @@ class FastTokenizer:
         return str(self._tokenizer.decode(list(ids)))
 
     def _tokenized(self, encoding: Encoding) -> Tokenized:
-        return _tokenized(np.array(encoding.ids, dtype=np.int32), *self._affixes, self.unknown_id, self._blank_id)
+        listed = encoding.ids
+        ids = np.array(listed, np.int32)
+        if self.unknown_id is None or self.unknown_id not in listed:  # most texts
+            return Tokenized(ids, *self._affixes, 0)
+        return _tokenized(ids, *self._affixes, self.unknown_id, self._blank_id)
 
     def _find_affixes(self) -> tuple[int, int]:
         """Special tokens before and after the content: the same for every single text."""

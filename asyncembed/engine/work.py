@@ -148,10 +148,9 @@ class Work:
 
     def pieces(self) -> tuple[EmbeddedChunk, ...]:
         """All chunks with their vectors, in order; none if it failed."""
-        pieces = tuple(piece for piece in self.embedded if piece is not None)
-        if len(pieces) != len(self.embedded):
+        if None in self.embedded:
             raise AssertionError("a chunk came twice and another never: this is a bug")
-        return pieces
+        return tuple(self.embedded)  # type: ignore[arg-type]  # none of them is None, as was just seen
 
 
 def add_vectors(chunks: Sequence[Chunk], vectors: FloatMatrix) -> list[Work]:

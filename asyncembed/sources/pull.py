@@ -163,7 +163,7 @@ class ThreadPuller:
 
     def _pull(self, iterator: Iterator[Any]) -> None:
         position = 0
-        while self._wait_for_room(1):
+        while self._has_room(1):
             try:
                 item = next(iterator)
             except StopIteration:
@@ -172,17 +172,20 @@ class ThreadPuller:
                 return
             position += 1
 
-    def _wait_for_room(self, n_chars: int) -> bool:
-        """Wait until an item of that size fits; False if the reader wants no more."""
+    def _has_room(self, n_chars: int) -> bool:
+        """Waits until an item of that size fits; False if the reader wants no more."""
+        # Without the lock first: the reader only makes room, and nobody but this thread takes it up.
+        if not self.buffer.stopped and self.buffer.has_room(n_chars):
+            return True
         with self._changed:
             self._changed.wait_for(lambda: self.buffer.stopped or self.buffer.has_room(n_chars))
             return not self.buffer.stopped
 
     def _put(self, item: SourceItem) -> bool:
-        """Hand an item over; False if the reader wants no more."""
-        if not self._wait_for_room(size_of(item)):
+        """Hands an item over; False if the reader wants no more."""
+        if not self._has_room(size_of(item)):
             return False
-        with self._changed:  # room stays: only this thread takes it up
+        with self._changed:
             self.buffer.put(item)
             self._wake_reader()
         return True
