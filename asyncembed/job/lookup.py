@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from asyncembed.records import (
     text_id,
 )
 from asyncembed.sinks import DigestSet, JsonStore, StoredText
+from asyncembed.sinks.json_store import Found
 from asyncembed.threads import WorkerThread
 
 
@@ -160,6 +160,9 @@ def _cosine(computed: FloatVector, stored: FloatVector) -> float:
     return float(a @ b) / scale if scale else 0.0
 
 
+HASHED_AT_ONCE = 1 << 16
+"""Most characters that are hashed on the event loop, a tenth of a millisecond or two."""
+
 MOST_COUNTED = 1_000_000
 """In a larger folder it is not counted how many of its texts are none of the input: that takes 16 bytes for each."""
 
@@ -192,8 +195,7 @@ class Lookup:
     async def look_up(self, client: Client, group: Sequence[Entry]) -> tuple[list[Work], list[Entry]]:
         """The texts that must be computed, and the entries that are finished. All others wait for one under way."""
         self._settled_meanwhile.clear()
-        done = await self._thread.run(self._identify, group)
-        new, saved, finished = self._sort(client, group, done, await self._written(group))
+        new, saved, finished = self._sort(client, group, await self._find(group))
         if saved and self._store is not None and self._want_vectors:
             stored = await self._store.read_many([entry.id for entry in saved])
             for entry, found in zip(saved, stored, strict=True):
@@ -219,42 +221,37 @@ class Lookup:
         """Ends the thread."""
         await self._thread.aclose()
 
-    def _identify(self, group: Sequence[Entry]) -> list[bool]:
-        """In the thread: gives each text its id, and finds out whether an earlier run has saved it."""
-        for entry in group:
-            if isinstance(entry.item, Text):
-                entry.id = text_id(entry.item.text)
-        if self._store is None:
-            return [False] * len(group)
-        texts = [entry.id for entry in group if entry.id]
-        done = self._store.done_before(texts)
-        if self.n_others is not None:
-            self._found.add_many(list(compress(texts, done)))
-        found = iter(done)
-        return [next(found) if entry.id else False for entry in group]
-
-    async def _written(self, group: Sequence[Entry]) -> list[bool]:
-        """Which texts this run has saved, as the store's thread knows; what was settled while it was asked counts."""
-        if self._store is None:
-            return [False] * len(group)
-        found = iter(await self._store.written_many([entry.id for entry in group if entry.id]))
-        return [(next(found) or entry.id in self._settled_meanwhile) if entry.id else False for entry in group]
+    async def _find(self, group: Sequence[Entry]) -> list[Found]:
+        """What is known of each text of the group: in the store's thread, or in its own if there is much to hash."""
+        texts = [entry.item.text for entry in group if isinstance(entry.item, Text)]
+        if self._store is not None:
+            found = await self._store.find(texts)
+            if self.n_others is not None:
+                self._found.add_many([one.id for one in found if one.is_done])
+        elif sum(map(len, texts)) <= HASHED_AT_ONCE:
+            found = _identified(texts)
+        else:
+            found = await self._thread.run(_identified, texts)
+        return found
 
     def _sort(
-        self, client: Client, group: Sequence[Entry], done: Sequence[bool], written: Sequence[bool]
+        self, client: Client, group: Sequence[Entry], found: Iterable[Found]
     ) -> tuple[list[Work], list[Entry], list[Entry]]:
         """Those to compute, those to read back, and those that are finished."""
         new: list[Work] = []
         saved: list[Entry] = []
         finished: list[Entry] = []
-        for entry, is_done, is_written in zip(group, done, written, strict=True):
-            # 1. no text at all   2. repeats one under way   3. saved by an earlier run
-            # 4. repeats one that this run has saved   5. new
-            if not entry.id:
+        of_texts = iter(found)
+        for entry in group:
+            if isinstance(entry.item, Rejected):
                 finished.append(entry)
-            elif entry.id in self._first:
+                continue
+            entry.id, is_done, is_written = next(of_texts)
+            # 1. repeats one under way   2. saved by an earlier run   3. by this one, perhaps while that was asked
+            # 4. new
+            if entry.id in self._first:
                 self._join(client, entry, new, finished)
-            elif is_done or is_written:
+            elif is_done or is_written or (self._store is not None and entry.id in self._settled_meanwhile):
                 entry.cached, entry.is_duplicate = is_done, not is_done
                 saved.append(entry)
             else:
@@ -274,3 +271,7 @@ class Lookup:
             first.work.waiters.append(entry)
         else:
             finished.append(entry)
+
+
+def _identified(texts: Sequence[str]) -> list[Found]:
+    return [Found(text_id(text)) for text in texts]

@@ -6,14 +6,14 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import aiofiles.os
 import anyio
 
 from asyncembed.errors import ClosedError, CorruptRecordError
 from asyncembed.options import Durability
-from asyncembed.records import EmbeddedText, Rejected
+from asyncembed.records import EmbeddedText, Rejected, text_id
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.record_file import StoredText
 from asyncembed.sinks.writer import FolderWriter
@@ -21,6 +21,14 @@ from asyncembed.threads import WorkerThread
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Found(NamedTuple):
+    """What a store knows of a text: its id, and whether an earlier run or this one has saved it."""
+
+    id: str
+    is_done: bool = False
+    is_written: bool = False
 
 
 class JsonStore:
@@ -103,10 +111,14 @@ class JsonStore:
         """Whether an earlier run has saved each text. Needs no disk; may be called from any thread while open."""
         return self._writer.done.contains_many(ids)
 
-    async def written_many(self, ids: Sequence[str]) -> list[bool]:
-        """Whether this run has saved each text."""
+    async def find(self, texts: Sequence[str]) -> list[Found]:
+        """What is known of each text, in one hop."""
         self._require_open()
-        return await self._in_thread(self._writer.written, ids)
+        return await self._in_thread(self._find, texts)
+
+    def _find(self, texts: Sequence[str]) -> list[Found]:
+        ids = list(map(text_id, texts))
+        return list(map(Found, ids, self._writer.done.contains_many(ids), self._writer.written(ids)))
 
     async def read_many(self, ids: Sequence[str]) -> list[StoredText | CorruptRecordError]:
         """The stored texts, each checked; an error in the place of one that is damaged or gone.
