@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from asyncembed.embedder import EmbedderStatistics as EmbedderStatistics
     from asyncembed.encoders import Encoder as Encoder
     from asyncembed.encoders import load_encoder as load_encoder
+    from asyncembed.engine.limits import TokenLimitEstimator as TokenLimitEstimator
     from asyncembed.errors import AsyncEmbedError as AsyncEmbedError
     from asyncembed.errors import ClosedError as ClosedError
     from asyncembed.errors import CorruptRecordError as CorruptRecordError
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from asyncembed.errors import TextsFailedError as TextsFailedError
     from asyncembed.errors import TextTypeError as TextTypeError
     from asyncembed.generator import EmbeddingGenerator as EmbeddingGenerator
-    from asyncembed.limits import TokenLimitEstimator as TokenLimitEstimator
     from asyncembed.options import EmbedOptions as EmbedOptions
     from asyncembed.records import Batch as Batch
     from asyncembed.records import Chunk as Chunk
@@ -66,7 +66,7 @@ _PUBLIC = {
         "TextsFailedError",
     ),
     "generator": ("EmbeddingGenerator",),
-    "limits": ("TokenLimitEstimator",),
+    "engine.limits": ("TokenLimitEstimator",),
     "options": ("EmbedOptions",),
     "records": ("Batch", "Chunk", "EmbeddedChunk", "EmbeddedText", "Summary", "Text", "TokenText", "text_id"),
     "sinks": ("StoredEmbeddings", "StoredText", "open_embeddings"),

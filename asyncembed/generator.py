@@ -12,6 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from asyncembed.encoders import Encoder, FloatMatrix, Instruction, input_of, instruction_of, tell_chunk_size
+from asyncembed.engine.limit_memory import LimitMemory
+from asyncembed.engine.memory import MemoryBudget
 from asyncembed.engine.scheduler import LimitEstimator
 from asyncembed.engine.splitting import TextSplitter, TokenCounter, default_splitter
 from asyncembed.engine.work import Client
@@ -20,8 +22,6 @@ from asyncembed.iterables import check_source, without_line_ends
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
 from asyncembed.job.loading import encoder_for, fingerprint_of, recorded_in
 from asyncembed.job.lookup import LOOKED_AT, RUN_BY_US, check_folder
-from asyncembed.limit_memory import LimitMemory
-from asyncembed.memory import MemoryBudget
 from asyncembed.options import DEFAULT_SAVE_PATH, EmbedOptions
 from asyncembed.records import Chunk
 from asyncembed.sinks.folder import StorePaths

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from asyncembed.admission import AdmissionQueue, life_bytes
 from asyncembed.encoders import Encoder, FailureKind, FloatMatrix, classify
+from asyncembed.engine.admission import AdmissionQueue, life_bytes
 from asyncembed.engine.chunking import Chunker, chunk_backing_off
 from asyncembed.engine.client import is_window_full
+from asyncembed.engine.limit_memory import LimitMemory
 from asyncembed.engine.model_thread import ModelRunner, Outcome
 from asyncembed.engine.scheduler import EncoderState, LimitEstimator, Scheduler
 from asyncembed.engine.work import Client, Work
 from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError, OptionsError
 from asyncembed.job import Entry
-from asyncembed.limit_memory import LimitMemory
 from asyncembed.records import Batch, Chunk, FloatVector, Rejected, SourceItem, Text, text_id
 from asyncembed.sinks import StoredText
 from asyncembed.sinks.writer import FolderWriter

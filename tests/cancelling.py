@@ -16,9 +16,9 @@ import anyio
 from asyncembed import AsyncEmbedder, ClosedError, embed_stream, open_embeddings
 from asyncembed.engine.chunking import Chunker
 from asyncembed.engine.engine import Engine
+from asyncembed.engine.limits import TokenLimitEstimator
 from asyncembed.engine.model_thread import EncoderThread
 from asyncembed.engine.work import Work
-from asyncembed.limits import TokenLimitEstimator
 from asyncembed.sinks.folder import StorePaths
 from asyncembed.sinks.lock import FolderLock
 from asyncembed.threads import WorkerThread

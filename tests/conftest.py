@@ -72,7 +72,7 @@ MAY_BLOCK = {
     "asyncembed/langchain.py": {"_wait", "close"},
     "asyncembed/store_cli/program.py": _EveryFunction(),
     "asyncembed/sinks/folder.py": {"of"},  # the working directory: no disk is asked
-    "asyncembed/memory.py": _EveryFunction(),  # files of the kernel, answered from memory
+    "asyncembed/engine/memory.py": _EveryFunction(),  # files of the kernel, answered from memory
     "asyncembed/records.py": _EveryFunction(),  # the same: when the process began, and its peak of memory
     "asyncembed/sinks/reader.py": _EveryFunction(),  # for synchronous code: a test calls it on a loop
     "asyncembed/generator.py": _EveryFunction(),  # synchronous too, in a notebook above a running loop

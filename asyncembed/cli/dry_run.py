@@ -20,11 +20,11 @@ from asyncembed.cli.progress import in_words
 from asyncembed.encoders import Encoder
 from asyncembed.engine.chunking import Chunker
 from asyncembed.engine.heap import ChunkHeap
+from asyncembed.engine.limits import initial_limit
 from asyncembed.engine.model_thread import ModelRunner
 from asyncembed.engine.work import Client, Work
 from asyncembed.errors import StoreError, StoreMismatchError
 from asyncembed.job.loading import load_all
-from asyncembed.limits import initial_limit
 from asyncembed.options import EmbedOptions
 from asyncembed.records import Chunk, EmbeddedChunk, EmbeddedText, FloatVector, SourceItem, Text, text_id
 from asyncembed.sinks import DigestSet, StoredEmbeddings, open_embeddings

@@ -31,8 +31,8 @@ from asyncembed.embedder.settings import (
     sort_texts,
 )
 from asyncembed.encoders import FloatMatrix, Kind
+from asyncembed.engine.memory import available_bytes
 from asyncembed.errors import ClosedError, DeadlineError, OverloadedError
-from asyncembed.memory import available_bytes
 from asyncembed.options import DEFAULT_MODEL, parse_bytes
 from asyncembed.records import AnyText, EmbeddedText, FloatVector
 from asyncembed.wording import plural

@@ -16,9 +16,9 @@ from asyncembed.encoders import Encoder, load_encoder, tell_chunk_size
 from asyncembed.engine.chunkers import InstructionChunkers, LongTextChunkers
 from asyncembed.engine.client import EngineClient
 from asyncembed.engine.engine import Engine
+from asyncembed.engine.limit_memory import LimitMemory
 from asyncembed.engine.model_thread import EncoderThread
 from asyncembed.errors import AsyncEmbedError, ClosedError, ModelError
-from asyncembed.limit_memory import LimitMemory
 from asyncembed.options import EmbedOptions
 from asyncembed.threads import WorkerThread, watch
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from asyncembed.admission import AdmissionQueue, life_bytes, token_life_bytes
 from asyncembed.encoders import FloatMatrix, Instruction
+from asyncembed.engine.admission import AdmissionQueue, life_bytes, token_life_bytes
 from asyncembed.engine.client import EngineClient
 from asyncembed.engine.scheduler import INTERACTIVE
 from asyncembed.engine.work import Work

@@ -16,11 +16,11 @@ import numpy as np
 
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.encoders.failures import FailureKind, classify
+from asyncembed.engine.limit_memory import LimitMemory
+from asyncembed.engine.limits import LearntLimit
 from asyncembed.engine.scheduler import EncoderState, LimitEstimator, Scheduler, priority_of
 from asyncembed.engine.work import Client
 from asyncembed.errors import ModelError
-from asyncembed.limit_memory import LimitMemory
-from asyncembed.limits import LearntLimit
 from asyncembed.records import Batch
 from asyncembed.threads import WorkerThread
 

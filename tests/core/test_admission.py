@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncembed.admission import AdmissionQueue, life_bytes
+from asyncembed.engine.admission import AdmissionQueue, life_bytes
 from asyncembed.engine.chunking import Chunker
 from asyncembed.engine.work import Client, Work
 from asyncembed.records import EmbeddedChunk, EmbeddedText, text_id

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.encoders.failures import FailureKind
 from asyncembed.engine.dispatch import Dispatcher
+from asyncembed.engine.limits import TokenLimitEstimator
 from asyncembed.engine.model_thread import EncoderThread, ModelRunner
 from asyncembed.engine.scheduler import BROKEN_AFTER, BULK, LimitEstimator
 from asyncembed.engine.work import Client, Work
 from asyncembed.errors import ModelError
-from asyncembed.limits import TokenLimitEstimator
 from asyncembed.records import Batch
 from asyncembed.threads import WorkerThread
 

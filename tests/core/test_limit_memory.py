@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from asyncembed import EmbeddingGenerator, embed_stream
 from asyncembed.encoders import FloatMatrix
+from asyncembed.engine.limit_memory import FORGET_KILL_AFTER_S, RETUNE_AFTER_S, LimitMemory
+from asyncembed.engine.memory import tokens_that_fit
 from asyncembed.engine.model_thread import ModelRunner
-from asyncembed.limit_memory import FORGET_KILL_AFTER_S, RETUNE_AFTER_S, LimitMemory
-from asyncembed.memory import tokens_that_fit
 from asyncembed.records import Batch
 from tests.core.fakes import chunk
 from tests.fakes import FakeEncoder
@@ -419,10 +419,10 @@ def test_tokens_that_fit_leave_half_of_the_memory(n_free: int, per_token: float,
 
 def test_limit_is_capped_on_a_cpu_while_little_memory_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(tmp_path, FakeEncoder(), limit=1024, failed_at=None, largest=2000, bytes_per_token=1000.0)
-    monkeypatch.setattr("asyncembed.limit_memory.available_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("asyncembed.engine.limit_memory.available_bytes", lambda: 1_000_000)
     memory = LimitMemory(FakeEncoder(), folder=tmp_path)
     assert memory.estimator() == 500
-    monkeypatch.setattr("asyncembed.limit_memory.available_bytes", lambda: 100_000_000)
+    monkeypatch.setattr("asyncembed.engine.limit_memory.available_bytes", lambda: 100_000_000)
     for _ in range(64):
         run_batch(memory, memory.estimator())
         memory.estimator.succeed(memory.estimator())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from asyncembed.limits import (
+from asyncembed.engine.limits import (
     DEFAULT_INITIAL_LIMIT,
     SMALLEST_PART,
     SUCCESSES_TO_FORGET,

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from asyncembed.memory import DEFAULT_BUDGET_CAP, MemoryBudget, available_bytes, cgroup_available, memory_bound
+from asyncembed.engine.memory import DEFAULT_BUDGET_CAP, MemoryBudget, available_bytes, cgroup_available, memory_bound
 
 MIB = 1 << 20
 
@@ -89,7 +89,7 @@ def test_memory_budget_default_is_a_quarter_of_what_is_free_and_two_gigabytes_at
 
 @pytest.mark.parametrize(("free", "budget"), [(400 * MIB, 100 * MIB), (64 << 30, DEFAULT_BUDGET_CAP), (0, 1)])
 def test_memory_budget_default_follows_what_is_free(free: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncembed.memory.available_bytes", lambda: free)
+    monkeypatch.setattr("asyncembed.engine.memory.available_bytes", lambda: free)
     assert MemoryBudget().max_bytes == budget
 
 
@@ -115,7 +115,7 @@ _IN_A_CGROUP = """
 import os, sys
 from pathlib import Path
 (Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))
-from asyncembed.memory import available_bytes, memory_bound
+from asyncembed.engine.memory import available_bytes, memory_bound
 print(available_bytes(), memory_bound())
 """
 
@@ -150,6 +150,6 @@ def test_memory_of_a_real_cgroup_is_read() -> None:
 
 def test_peak_of_a_process_is_not_that_of_the_one_which_started_it() -> None:
     ballast = b"x" * (256 << 20)
-    program = "from asyncembed.memory import peak_rss_bytes; print(peak_rss_bytes())"
+    program = "from asyncembed.engine.memory import peak_rss_bytes; print(peak_rss_bytes())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert 0 < int(done.stdout) < len(ballast)

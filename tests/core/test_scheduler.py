@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncembed.encoders.failures import FailureKind
+from asyncembed.engine.limits import TokenLimitEstimator
 from asyncembed.engine.scheduler import BROKEN_AFTER, EncoderState, Scheduler
 from asyncembed.engine.work import Client, Work
 from asyncembed.errors import ModelError
-from asyncembed.limits import TokenLimitEstimator
 from asyncembed.records import Batch
 
 from .fakes import owners, vector_of, work, works

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncembed.limits import LearntLimit, SpeedSearch, TokenLimitEstimator, estimator_for
+from asyncembed.engine.limits import LearntLimit, SpeedSearch, TokenLimitEstimator, estimator_for
 
 
 def rate(size: int, best: int, slope: float) -> float:

@@ -24,7 +24,8 @@ def note_computed(kind: Any, log: int) -> None:
     start, append = kind.start, os.write
 
     def noted(self: Any, batch: Batch) -> Any:
-        append(log, "".join(f"{text_id(chunk.text)}\n" for chunk in batch.chunks).encode())
+        asked = [chunk for chunk in batch.chunks if chunk.work is not None]  # the others only try the model
+        append(log, "".join(f"{text_id(chunk.text)}\n" for chunk in asked).encode())
         return start(self, batch)
 
     kind.start = noted

@@ -25,9 +25,9 @@ import psutil
 
 from asyncembed.cache import cache_folder, write_small
 from asyncembed.encoders import Encoder
+from asyncembed.engine.limits import LearntLimit, estimator_for
+from asyncembed.engine.memory import available_bytes, memory_bound, peak_rss_bytes, rss_bytes, tokens_that_fit
 from asyncembed.errors import KilledBeforeError
-from asyncembed.limits import LearntLimit, estimator_for
-from asyncembed.memory import available_bytes, memory_bound, peak_rss_bytes, rss_bytes, tokens_that_fit
 from asyncembed.records import Batch
 
 logger = logging.getLogger("asyncembed")
