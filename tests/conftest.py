@@ -70,7 +70,7 @@ MAY_BLOCK = {
     "asyncembed/sources/pull.py": {"aclose", "take", "_put", "_wait_for_room"},  # the same, or held for an append
     # For synchronous code: it is the test that calls them on a loop.
     "asyncembed/langchain.py": {"_wait", "close"},
-    "asyncembed/store_cli/program.py": _EveryFunction(),
+    "asyncembed/cli/store.py": _EveryFunction(),
     "asyncembed/sinks/folder.py": {"of"},  # the working directory: no disk is asked
     "asyncembed/engine/memory.py": _EveryFunction(),  # files of the kernel, answered from memory
     "asyncembed/records.py": _EveryFunction(),  # the same: when the process began, and its peak of memory

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from asyncembed.cli.signals import Signals
-from asyncembed.cli.streams import mend_streams
 
 __all__ = ["main"]
 
@@ -20,8 +19,10 @@ def main() -> int:
     """
     signals = Signals()
     signals.install()
-    mend_streams()
     # Imported only now: a Ctrl-C during the imports is answered like any other.
+    from asyncembed.cli.console import mend_streams
+
+    mend_streams()
     from asyncembed.cli.program import run_program
 
     return run_program(sys.argv[1:], signals)

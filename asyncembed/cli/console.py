@@ -2,18 +2,100 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import IntEnum
 from types import TracebackType
 
 import click
 
-from asyncembed.cli.exits import Exit, exit_code_of, known_error
 from asyncembed.cli.progress import Display, Silent, make_display
-from asyncembed.cli.streams import writing_out
+from asyncembed.errors import AsyncEmbedError, OptionsError, SourceError, StoreError, TextsFailedError, TextTypeError
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+
+class Exit(IntEnum):
+    """The exit codes, but for 130 and 143 after a signal."""
+
+    DONE = 0
+    INCOMPLETE = 1
+    USAGE = 2
+    CANNOT = 3
+
+
+MEANINGS = (
+    ("0", "every text is embedded"),
+    ("1", "finished, but some texts failed or bad rows were skipped; errors.jsonl says which and why"),
+    ("2", "bad usage, or input that cannot be read; what came before it stays saved"),
+    ("3", "cannot go on, nothing is lost: the folder is locked or of another model, the disk is full, …"),
+    ("130", "stopped by Ctrl-C; the same command goes on from there"),
+    ("143", "stopped by SIGTERM; the same command goes on from there"),
+)
+"""The codes as `--help` explains them."""
+
+
+def known_error(error: BaseException) -> AsyncEmbedError | click.ClickException | None:
+    """The error in it that was raised on purpose; None if it is a bug."""
+    if isinstance(error, (AsyncEmbedError, click.ClickException)):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        return next((found for inner in error.exceptions if (found := known_error(inner)) is not None), None)
+    return None
+
+
+def exit_code_of(error: BaseException) -> Exit:
+    """The exit code that an error leads to."""
+    known = known_error(error)
+    # 1. A mistake in usage or input. 2. One text failed, and `--on-error raise` ends the run with it.
+    # 3. Folder, model or device; or a bug.
+    if isinstance(known, (OptionsError, TextTypeError, SourceError, click.ClickException)):
+        return Exit.USAGE
+    if isinstance(known, TextsFailedError):
+        return Exit.INCOMPLETE
+    return Exit.CANNOT
+
+
+def mend_streams() -> None:
+    """Open closed standard streams on the null device, and let standard output take every character.
+
+    A file opened later would get the number of a closed stream, and then what is written to the stream. `sys.stdin`
+    stays None: whoever wants to read it is told.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is the stream's own
+            if name != "stdin":
+                setattr(sys, name, open(number, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115  # stays open
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def writing_out() -> Iterator[None]:
+    """Around what writes to standard output; a reader that has gone away is no error of ours.
+
+    Raises:
+        StoreError: It takes nothing, as on a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise  # of a file
+        # Python flushes standard output once more when it ends, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            reason = f"standard output cannot be written to: {error.strerror}; what was saved stays"
+            raise StoreError(reason) from error
+
 
 logger = logging.getLogger("asyncembed")
 

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from asyncembed.cli.console import Console
-from asyncembed.cli.exits import MEANINGS, Exit
+from asyncembed.cli.console import MEANINGS, Console, Exit, writing_out
 from asyncembed.cli.options import GROUPS, PROGRAM, GroupedOption, Request, job_fields, job_options, program_options
 from asyncembed.cli.signals import Signals
-from asyncembed.cli.streams import writing_out
 from asyncembed.errors import OptionsError, StoreMismatchError
 from asyncembed.options import FILE_OPTIONS, EmbedOptions
 

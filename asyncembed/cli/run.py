@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-from asyncembed.cli.console import Console
-from asyncembed.cli.exits import Exit
+from asyncembed.cli.console import Console, Exit
 from asyncembed.cli.options import Request
 from asyncembed.cli.progress import Ticker
 from asyncembed.cli.report import advice, is_complete, summary_lines

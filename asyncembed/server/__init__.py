@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from asyncembed.cli.console import mend_streams
 from asyncembed.cli.signals import Signals
-from asyncembed.cli.streams import mend_streams
 
 __all__ = ["main"]
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import click
 
-from asyncembed.cli.exits import Exit, exit_code_of, known_error
+from asyncembed.cli.console import Exit, exit_code_of, known_error, writing_out
 from asyncembed.cli.options import GROUPS, MODEL, TEXTS, GroupedOption, job_options
 from asyncembed.cli.program import GroupedCommand, version_option
 from asyncembed.cli.signals import Signals
-from asyncembed.cli.streams import writing_out
 from asyncembed.errors import OptionsError
 from asyncembed.options import parse_bytes
 from asyncembed.server.settings import DEFAULT_BODY_BYTES, DEFAULT_DRAIN_S, DEFAULT_INPUTS, ServerSettings

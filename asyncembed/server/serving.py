@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import anyio
 import uvicorn
 
-from asyncembed.cli.exits import Exit
+from asyncembed.cli.console import Exit
 from asyncembed.cli.signals import Signals, leave
 from asyncembed.errors import AsyncEmbedError
 from asyncembed.server.app import make_app

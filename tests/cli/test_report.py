@@ -7,8 +7,7 @@ import sys
 import click
 import pytest
 
-from asyncembed.cli.console import describe
-from asyncembed.cli.exits import Exit, exit_code_of
+from asyncembed.cli.console import Exit, describe, exit_code_of
 from asyncembed.cli.report import advice, is_complete, summary_lines
 from asyncembed.errors import (
     ClosedError,

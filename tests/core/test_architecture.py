@@ -20,7 +20,7 @@ PACKAGE = Path(asyncembed.__file__).parent
 # From top to bottom: a room imports from rooms below its own line, or from within itself. Rooms on one line do not
 # know each other. A new room gets its line here.
 ROOMS = [
-    ["__main__", "store_cli"],
+    ["__main__"],
     ["server"],
     ["cli"],
     ["generator", "langchain"],

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from asyncembed.cli.store import run
 from asyncembed.errors import CorruptRecordError, StoreError
 from asyncembed.records import text_id
 from asyncembed.sinks import JsonStore, open_embeddings
-from asyncembed.store_cli.program import run
 
 from .making import FINGERPRINT, MADE_WITH, ids, killed_after, opened, record
 

@@ -31,8 +31,8 @@ from asyncembed import (
     embed_stream,
     load_encoder,
 )
+from asyncembed.cli.store import run as store
 from asyncembed.encoders import graph_cache, weights
-from asyncembed.store_cli.program import run as store
 
 TEXTS = ["a heron on the river", "a boat at the mooring"]
 LOCALE = """comment_char %

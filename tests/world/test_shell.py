@@ -48,7 +48,7 @@ def test_run_without_any_standard_stream_does_its_work(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="there is no device that is always full here")
-@pytest.mark.parametrize("module", ["asyncembed", "asyncembed.store_cli", "asyncembed.server"])
+@pytest.mark.parametrize("module", ["asyncembed", "asyncembed.cli.store", "asyncembed.server"])
 def test_mistake_that_cannot_be_told_for_a_full_disk_keeps_its_exit_code(module: str, folder: Path) -> None:
     assert shell("run --no-such-option 2>/dev/full", folder, [sys.executable, "-m", module]).returncode == 2
 
@@ -71,7 +71,7 @@ def test_numbers_for_a_full_disk_end_in_one_line_with_the_work_saved(folder: Pat
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="there is no device that is always full here")
-@pytest.mark.parametrize("module", ["asyncembed", "asyncembed.store_cli", "asyncembed.server"])
+@pytest.mark.parametrize("module", ["asyncembed", "asyncembed.cli.store", "asyncembed.server"])
 def test_help_of_each_program_for_a_full_disk_or_a_reader_that_leaves_is_no_bug(module: str, folder: Path) -> None:
     program = [sys.executable, "-m", module]
     full = shell("run --help >/dev/full", folder, program)

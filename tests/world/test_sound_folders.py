@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asyncembed import embed_stream
-from asyncembed.store_cli.program import run as store
+from asyncembed.cli.store import run as store
 from tests.world.test_tasks import router
 
 HOW = [{"long_texts": "truncate"}, {"chunk_overlap": 1}, {"prompt": "heron "}, {"truncate_dim": 8}, {}]

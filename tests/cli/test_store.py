@@ -12,12 +12,12 @@ from pathlib import Path
 import orjson
 import pytest
 
+from asyncembed.cli.store import run
 from asyncembed.errors import StoreMismatchError
 from asyncembed.records import text_id
 from asyncembed.sinks import open_embeddings
 from asyncembed.sinks.folder import StorePaths, record_ids
 from asyncembed.sinks.lock import FolderLock
-from asyncembed.store_cli.program import run
 from tests.conftest import ROOT
 from tests.sinks.making import FINGERPRINT, failure, killed_after, opened, record
 
@@ -320,7 +320,7 @@ def test_folder_that_is_none_exits_3_and_bad_usage_2(tmp_path: Path, capsys: pyt
 async def test_program_imports_nothing_that_knows_a_model(tmp_path: Path) -> None:
     await fill(tmp_path)
     script = (
-        "import sys\nfrom asyncembed.store_cli.program import run\n"
+        "import sys\nfrom asyncembed.cli.store import run\n"
         "for command in ('verify', 'failures', 'rebuild'):\n    assert run([command, sys.argv[1]]) == 0\n"
         "heavy = {'torch', 'transformers', 'tokenizers', 'sentence_transformers', 'openvino'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -330,7 +330,7 @@ async def test_program_imports_nothing_that_knows_a_model(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     helped = subprocess.run(
-        [sys.executable, "-m", "asyncembed.store_cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "asyncembed.cli.store", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert all(command in helped.stdout for command in ("verify", "failures", "rebuild"))
     assert len(open_embeddings(tmp_path)) == 5

@@ -1,10 +1,11 @@
-"""`asyncembed-store` with click; nothing that knows a model is imported, unless texts are to be computed again."""
+"""`asyncembed-store`: looks after a folder of embeddings; no model is loaded, unless texts are to be computed again."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,9 +13,8 @@ from itertools import chain
 
 import click
 
-from asyncembed.cli.console import Console, print_out
-from asyncembed.cli.exits import Exit
-from asyncembed.cli.streams import writing_out
+from asyncembed.cli.console import Console, Exit, mend_streams, print_out, writing_out
+from asyncembed.cli.signals import Signals
 from asyncembed.errors import AsyncEmbedError, CorruptRecordError, StoreError
 from asyncembed.sinks.folder import StorePaths, record_ids, storage_errors
 from asyncembed.sinks.header import Header
@@ -243,3 +243,14 @@ def _paths(folder: str) -> StorePaths:
     """
     open_embeddings(folder)
     return StorePaths.of(os.fspath(folder))
+
+
+def main() -> None:
+    """Runs the program with the arguments of this process; ends in `SystemExit` with the exit code."""
+    Signals().install()  # Ctrl-C and SIGTERM end it in one line: nothing it does can be left half done
+    mend_streams()
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
