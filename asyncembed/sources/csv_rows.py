@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-import csv
+import importlib.util
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from asyncembed.errors import SourceError
 from asyncembed.records import Rejected, SourceItem, Text
 from asyncembed.sources.dialect import CsvOptions, check_dialect
-from asyncembed.sources.lines import ONLY_RETURNS, LineReader, excerpt
+from asyncembed.sources.lines import MAX_TEXT_BYTES, ONLY_RETURNS, LineReader, excerpt
+
+
+def _load_csv() -> Any:
+    """A csv module of our own: the limit of a cell, 131,072 characters, is one for all who use Python's.
+
+    `CsvParser` refuses a row that is too long before this limit does, which keeps the message ours.
+    """
+    spec = importlib.util.find_spec("_csv")
+    if spec is None or spec.loader is None:
+        raise AssertionError("this Python has no csv module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.field_size_limit(2 * MAX_TEXT_BYTES)
+    return module
+
+
+_csv = _load_csv()
 
 # Two characters travel through the csv module as others. Valid UTF-8 never decodes to a surrogate, so one outside the
 # range that `surrogateescape` uses can stand in. NUL, which is legal in a text, is refused by Python 3.10's module; a
@@ -46,9 +64,6 @@ class CsvParser:
         self._bad: tuple[int, str] | None = None
         self._width = 0
         self._index = 0
-        # The csv module's own limit is 131,072 characters a cell and holds for the whole process, so it is only ever
-        # raised. `_feed` refuses a longer row before this limit does, which keeps the message ours.
-        csv.field_size_limit(max(csv.field_size_limit(), lines.max_bytes + 1))
         check_dialect(lines, beginning, how)
         self._rows = self._reader(self._feed(), strict=True)
         if how.header or how.column is not None:
@@ -61,13 +76,14 @@ class CsvParser:
 
     def _reader(self, lines: Iterable[str], *, strict: bool) -> Iterator[list[str]]:
         """Rows, strictly; or, leniently, as they are meant where a blank stands before a quote."""
-        return csv.reader(
+        rows: Iterator[list[str]] = _csv.reader(
             lines,
             delimiter=self._delimiter,
             escapechar=self._how.escape,
             strict=strict,
             skipinitialspace=not strict,
         )
+        return rows
 
     def _feed(self) -> Iterator[str]:
         """The decoded lines that the csv module asks for, as a row may go over many."""
@@ -109,7 +125,7 @@ class CsvParser:
             row = next(self._rows)
         except StopIteration:
             return None
-        except csv.Error as error:
+        except _csv.Error as error:
             if "unexpected end of data" in str(error):
                 reason = "the row that begins here has a quote that is never closed; close it, or double it inside"
                 raise self._lines.error(reason, self._row_line) from error

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import json
 import re
-import secrets
 from collections.abc import Iterator
-from typing import Any
-
-import ijson
+from json.decoder import scanstring  # type: ignore[attr-defined]  # the C function behind json.loads, absent in stubs
 
 from asyncembed.errors import SourceError
 from asyncembed.records import Rejected, SourceItem, Text
-from asyncembed.sources.lines import BOM, JSON_LINES, LineReader, excerpt, find_bad_byte
+from asyncembed.sources.lines import BOM, JSON_LINES, PIECE_BYTES, LineReader, excerpt, find_bad_byte
 
 MAX_DEPTH = 100
 """Nesting beyond this is refused; texts stand at depth 1, what is deeper is skipped over as one bad row."""
 
-_MAX_REASON_CHARS = 120
-_OPENING = {"start_array": "a list", "start_map": "an object"}
-_CLOSING = ("end_array", "end_map")
-_KINDS = {"null": "null", "boolean": "true or false", "number": "a number", "string": "a string"}
-
-# ijson's C parser turns a lone half of a surrogate pair into "?" or breaks on it, and stops at a byte that is not
-# UTF-8. Both travel through it under an alias: "\0", a random word of this process, four hex digits, "\0".
-_WORD = secrets.token_hex(8)
-_ALIAS = re.compile(f"\0{_WORD}([0-9a-f]{{4}})\0")
-_PAIR = r"[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-_ESCAPE = re.compile(rf"\\(?:u{_PAIR}|u(?P<half>[dD][89a-fA-F][0-9a-fA-F]{{2}})|.|\Z)|(?P<bad>[\udc80-\udcff])", re.S)
+_MAX_DIGITS = 4300  # Python converts no longer whole numbers
 _LONGEST_ESCAPE = len(r"\ud83d\ude00")
-_NEEDS_ALIAS = re.compile(r"\\u[dD][89a-fA-F]|[\udc80-\udcff]")
+_BLANKS = re.compile(r"[ \t\n\r]*")
+_WORD = re.compile(r"[-+.0-9A-Za-z]*")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_WORDS = {"null": "null", "true": "true or false", "false": "true or false"}
+_KINDS = {"[": "a list", "{": "an object"}
+_EXPECTED = "expected one list of texts, or one object whose values are texts"
+_OBJECTS = "; jq 'map(.text)' FILE > texts.json makes texts of a list of objects"
+
+# What may come next, and what is said where something else comes.
+_VALUE = "unallowed token at this point in JSON text"
+_KEY = "invalid object key (must be a string)"
+_COLON = "object key and value must be separated by a colon (':')"
+_LIST_GOES_ON = "after array element, I expect ',' or ']'"
+_OBJECT_GOES_ON = "after key and value, inside map, I expect ',' or '}'"
+_AFTER = {"[": _LIST_GOES_ON, "{": _OBJECT_GOES_ON, "": "something follows the end of the list or object"}
+_CLOSING = {"[": "]", "{": "}"}
+_SAID = {
+    "Invalid control": "invalid character inside string",
+    "Invalid \\escape": "inside a string, '\\' occurs before a character which it may not",
+    "Invalid \\uXXXX": "invalid (non-hex) character occurs after '\\u' inside string",
+}
 
 
 class JsonParser:
@@ -41,10 +47,10 @@ class JsonParser:
         if _is_json_lines(lines.beginning()):
             raise SourceError(f"{lines.name}: this is JSON lines, a value in each line; {JSON_LINES}")
         self._lines = lines
-        self._depth = 0
-        self._in_object = False
-        self._ended = False  # the top level has closed
-        self._key: str | None = None
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._text = ""  # what was read and is not parsed yet begins at `_at`
+        self._at = 0
+        self._ended = False  # the file, not the list
 
     def __iter__(self) -> Iterator[SourceItem]:
         """Every value as a text, blank ones included, or as a bad row.
@@ -52,95 +58,124 @@ class JsonParser:
         Raises:
             SourceError: It is not JSON or of another shape. It cannot be skipped: nothing after it can be trusted.
         """
-        events: list[tuple[str, Any]] = ijson.sendable_list()
-        parser = ijson.basic_parse_coro(events)
-        try:
-            yield from self._parse(parser, events)
-        finally:
-            # Left half-way, the parser complains of that when it is collected.
-            with contextlib.suppress(ijson.JSONError, ValueError):
-                parser.close()
+        opened = ""  # the brackets around what comes next
+        expected = _VALUE
+        may_close = False
+        key: str | None = None
+        bad_in_key: int | None = None
+        while char := self._next_char():
+            bad: int | None = None
+            item: SourceItem | None = None
+            # 1. A comma or a colon.
+            if (char == "," and expected in (_LIST_GOES_ON, _OBJECT_GOES_ON)) or (char == ":" and expected == _COLON):
+                self._at += 1
+                expected, may_close = _KEY if expected == _OBJECT_GOES_ON else _VALUE, False
+                continue
+            # 2. The end of a list or an object, which is a value of what is around it.
+            if may_close and char == _CLOSING[opened[-1]]:
+                self._at += 1
+                opened = opened[:-1]
+            # 3. A key.
+            elif char == '"' and expected == _KEY:
+                name, bad = self._string()
+                if len(opened) == 1:
+                    key, bad_in_key = name if bad is None else excerpt(name), bad
+                expected, may_close = _COLON, False
+                continue
+            # 4. What may not stand here.
+            elif expected != _VALUE:
+                raise self._broken(expected)
+            # 5. The beginning of a list or an object.
+            elif char in "[{":
+                self._at += 1
+                if len(opened) == 1:
+                    hint = _OBJECTS if char + opened == "{[" else ""
+                    yield self._bad(f"{_KINDS[char]} where a text should be{hint}", key, "…")
+                opened += char
+                if len(opened) > MAX_DEPTH:
+                    raise self._lines.error(f"nested deeper than {MAX_DEPTH}; {_EXPECTED}")
+                expected, may_close = _VALUE if char == "[" else _KEY, True
+                continue
+            # 6. A text.
+            elif char == '"':
+                text, bad = self._string()
+                bad = bad_in_key if bad is None else bad
+                if bad is not None:
+                    item = self._bad(self._lines.bad_byte_reason(bad), key, excerpt(text))
+                else:
+                    item = Text(text, key, self._lines.number)
+                kind = "a string"
+            # 7. A number, true, false or null.
+            else:
+                word = self._word()
+                kind = _WORDS.get(word, "a number")
+                item = self._bad(f"{kind} where a text should be", key, excerpt(word))
+            if item is not None and len(opened) <= 1:
+                if not opened:
+                    raise self._lines.error(f"{kind} alone; {_EXPECTED}")
+                yield item
+            expected = _AFTER[opened[-1:]]
+            may_close = bool(opened)
+        if opened:
+            raise self._lines.error(f"not JSON: the file ends in the middle; {_EXPECTED}")
 
-    def _parse(self, parser: Any, events: list[tuple[str, Any]]) -> Iterator[SourceItem]:
-        sanitizer = _Sanitizer()
-        n_waiting = 0  # bytes read since the last event: a string under way, or white space
-        seen = False
+    def _next_char(self) -> str:
+        """The next character that is not blank, which is not taken; nothing at the end of the file."""
         while True:
-            raw = self._lines.piece()
-            text = sanitizer.feed(raw)
-            seen = seen or not (text == "" or text.isspace())
-            if not raw and not seen:
-                return  # nothing but white space: no texts, rather than broken JSON
-            error = _send(parser, text.encode("utf-8", "surrogatepass"), events, last=not raw and not self._ended)
-            had_ended = self._ended
-            n_waiting = 0 if events else n_waiting + len(raw)
-            for event, value in events:
-                yield from self._on_event(event, value)
-            events.clear()
-            if error is None and self._ended and _goes_on(parser, text, had_ended, last=not raw):
-                error = SourceError(_TRAILING)
-            if error is not None:
-                raise self._lines.error(self._syntax_reason(error, sanitizer)) from error
-            if n_waiting > self._lines.max_bytes:
-                raise self._lines.error(self._lines.too_long())
-            if not raw:
-                return
+            self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches anywhere
+            if self._at < len(self._text) or not self._read_on():
+                return self._text[self._at : self._at + 1]
 
-    def _on_event(self, event: str, value: Any) -> Iterator[SourceItem]:
-        # 1. Something closes; 2. a key; 3. the top level opens; 4. a value among the texts; 5. deeper: passed over.
-        if event in _CLOSING:
-            self._depth -= 1
-            self._ended = self._depth == 0
-        elif event == "map_key":
-            if self._depth == 1:
-                self._key = value
-        elif self._depth == 0:
-            if event not in _OPENING:
-                raise self._lines.error(f"{_KINDS[event]} alone; {_EXPECTED}")
-            self._in_object = event == "start_map"
-        elif self._depth == 1:
-            yield self._to_item(event, value)
-        if event in _OPENING:
-            self._depth += 1
-            if self._depth > MAX_DEPTH:
-                raise self._lines.error(f"nested deeper than {MAX_DEPTH}; {_EXPECTED}")
-
-    def _to_item(self, event: str, value: Any) -> SourceItem:
-        line = self._lines.number
-        key, bad_in_key = _restore(self._key) if self._in_object and self._key is not None else (None, None)
-        if key is not None and bad_in_key is not None:
-            key = excerpt(key)
-        # 1. A nested list or object, a number, true, false or null.
-        if event != "string":
-            kind = _OPENING.get(event) or _KINDS[event]
-            content = "…" if event in _OPENING else excerpt(_literal(value))
-            hint = _OBJECTS if event == "start_map" and not self._in_object else ""
-            return Rejected(f"{kind} where a text should be{hint}", key, line, content, skipped=True)
-        text, bad = _restore(value)
-        if len(text) > self._lines.max_bytes:
+    def _string(self) -> tuple[str, int | None]:
+        """The string that begins here, and the first byte in it that was not UTF-8."""
+        while True:
+            try:
+                value, end = scanstring(self._text, self._at + 1, True)
+                break
+            except json.JSONDecodeError as error:
+                is_torn = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_ESCAPE
+                if not is_torn or self._text.endswith("\n") or not self._read_on():
+                    said = next((words for beginning, words in _SAID.items() if error.msg.startswith(beginning)), None)
+                    raise self._broken(said or "the file ends in the middle") from error
+        if len(value) > self._lines.max_bytes:
             raise self._lines.error(self._lines.too_long())
-        # 2. A byte that is not UTF-8 in the key or the text.
-        if bad is None:
-            bad = bad_in_key
+        # A lone half of a surrogate pair may come from an escape; what stands so in the file was a byte.
+        bad = None if value.isascii() else find_bad_byte(self._text[self._at : end])
+        self._at = end
+        return value, bad
+
+    def _word(self) -> str:
+        """The number, or one of JSON's three words, that begins here."""
+        while (match := _WORD.match(self._text, self._at)) and match.end() == len(self._text) and self._read_on():
+            pass
+        word = match[0] if match else ""
+        if word.lstrip("-").isdigit() and len(word) > _MAX_DIGITS:
+            raise self._broken("a number with too many digits")
+        if word not in _WORDS and not _NUMBER.fullmatch(word):
+            raise self._broken(_VALUE)
+        self._at += len(word)
+        return word
+
+    def _read_on(self) -> bool:
+        """Read the rest of the line, or at least as much as is waiting for its end; False at the end of the file."""
+        waiting = self._text[self._at :]
+        if len(waiting) > self._lines.max_bytes:
+            raise self._lines.error(self._lines.too_long())
+        if self._ended:
+            return False
+        raw = self._lines.piece(max(PIECE_BYTES, len(waiting)))
+        self._ended = not raw
+        self._text, self._at = waiting + self._decoder.decode(raw, final=self._ended), 0
+        return len(self._text) > len(waiting) or not self._ended
+
+    def _broken(self, reason: str) -> SourceError:
+        bad = find_bad_byte(self._text[self._at : self._at + 1])
         if bad is not None:
-            return Rejected(self._lines.bad_byte_reason(bad), key, line, excerpt(text), skipped=True)
-        # 3. A text.
-        return Text(text, key, line)
+            return self._lines.error(f"not JSON: {self._lines.bad_byte_reason(bad)}")
+        return self._lines.error(f"not JSON: {reason}; {_EXPECTED}")
 
-    def _syntax_reason(self, error: Exception, sanitizer: _Sanitizer) -> str:
-        if sanitizer.bad_byte is not None and (_WORD in str(error) or isinstance(error, UnicodeError)):
-            return f"not JSON: {self._lines.bad_byte_reason(sanitizer.bad_byte)}"
-        said = str(error).splitlines()[0].removeprefix("parse error: ").removeprefix("lexical error: ")
-        if "trailing garbage" in said or "Additional data" in said:
-            said = _TRAILING
-        elif "premature EOF" in said or "Incomplete JSON" in said:
-            said = "the file ends in the middle"
-        return f"not JSON: {said[:_MAX_REASON_CHARS].strip()}; {_EXPECTED}"
-
-
-_TRAILING = "something follows the end of the list or object"
-_EXPECTED = "expected one list of texts, or one object whose values are texts"
-_OBJECTS = "; jq 'map(.text)' FILE > texts.json makes texts of a list of objects"
+    def _bad(self, reason: str, key: str | None, content: str) -> Rejected:
+        return Rejected(reason, key, self._lines.number, content, skipped=True)
 
 
 def _is_json_lines(beginning: bytes) -> bool:
@@ -153,89 +188,3 @@ def _is_json_lines(beginning: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-class _Sanitizer:
-    """Decodes pieces of JSON and puts what ijson would spoil under an alias.
-
-    Attributes:
-        bad_byte: The last byte that was not UTF-8; None if all were.
-    """
-
-    def __init__(self) -> None:
-        self.bad_byte: int | None = None
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._held = ""
-
-    def feed(self, raw: bytes) -> str:
-        """The text of a piece; an escape that its end may have cut is held back for the next. b"" ends the file."""
-        text = self._held + self._decoder.decode(raw, final=not raw)
-        self._held = ""
-        whole = not raw or raw.endswith(b"\n")
-        if not whole and "\\" in text[-_LONGEST_ESCAPE:]:
-            # Escapes are matched from the start of the piece, so that `\\\\ud83d` is read as it is meant.
-            for match in _ESCAPE.finditer(text):
-                if match.start() >= len(text) - _LONGEST_ESCAPE:
-                    text, self._held = text[: match.start()], text[match.start() :]
-                    break
-        return _ESCAPE.sub(self._alias, text) if _NEEDS_ALIAS.search(text) else text
-
-    def _alias(self, match: re.Match[str]) -> str:
-        # 1. A lone half of a surrogate pair; 2. a byte that is not UTF-8; 3. any other escape stays.
-        if match["half"]:
-            return f"\\u0000{_WORD}{match['half'].lower()}\\u0000"
-        if match["bad"]:
-            self.bad_byte = find_bad_byte(match["bad"])
-            return f"\\u0000{_WORD}00{self.bad_byte:02x}\\u0000"
-        return match[0]
-
-
-def _restore(text: str) -> tuple[str, int | None]:
-    """A string with its aliases undone, and the first byte in it that was not UTF-8."""
-    if _WORD not in text:
-        return text, None
-    codes = [int(code, 16) for code in _ALIAS.findall(text)]
-    bad = next((code for code in codes if code < 0x100), None)
-
-    def original(match: re.Match[str]) -> str:
-        code = int(match[1], 16)
-        return chr(code + 0xDC00 if code < 0x100 else code)
-
-    return _ALIAS.sub(original, text), bad
-
-
-def _send(parser: Any, data: bytes, events: list[tuple[str, Any]], *, last: bool) -> Exception | None:
-    """Feed the parser; what it raises is returned, so that the events before it can be delivered first."""
-    try:
-        if data:
-            parser.send(data)
-        if last:
-            parser.close()
-    except SystemError as error:
-        # The C parser appends an event without a value when a number has more digits than Python converts.
-        events.pop()
-        return SourceError(f"a number with too many digits ({error.__cause__ or 'cannot be converted'})")
-    except (ijson.JSONError, ValueError) as error:  # ValueError: what the pure Python parser lets through
-        return error
-    return None
-
-
-def _goes_on(parser: Any, text: str, had_ended: bool, *, last: bool) -> bool:
-    """Whether something that is no token yet follows the end, of which the C parser says nothing."""
-    rest = text.rstrip(" \t\n\r")
-    if rest and (had_ended or rest[-1] not in "]}"):
-        return True
-    if not last:
-        return False
-    try:
-        parser.send(b"[")
-    except (ijson.JSONError, ValueError):
-        return False
-    return True  # it took that as a part of a string that is open
-
-
-def _literal(value: object) -> str:
-    """A scalar as JSON writes it."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    return str(value)
