@@ -118,11 +118,6 @@ class EngineClient(Client):
         state = " stopped" if self.is_stopped else " closed" if self._closed else ""
         return f"<EngineClient open={len(self._open)}{state}>"
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether `run` has ended."""
-        return self._ended
-
     def __len__(self) -> int:
         """Texts handed over that are not finished."""
         return len(self._open)

@@ -7,6 +7,7 @@ cancelled or full, it takes nothing of the others with it.
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
+from weakref import WeakSet
 
 from asyncembed.encoders.base import Encoder
 from asyncembed.engine.client import ChunkTexts, EngineClient
@@ -34,11 +35,11 @@ class Engine:
 
     def __init__(self, *encoders: EncoderThread) -> None:
         self._dispatcher = Dispatcher(encoders)
-        self._clients: list[EngineClient] = []
+        self._clients: WeakSet[EngineClient] = WeakSet()  # each lives as long as its user keeps it
         self._error: Exception | None = None
 
     def __repr__(self) -> str:
-        return f"<Engine {self._clients!r} {self._dispatcher!r}>"
+        return f"<Engine {list(self._clients)!r} {self._dispatcher!r}>"
 
     @property
     def encoder(self) -> Encoder:
@@ -87,8 +88,7 @@ class Engine:
             truncate_dim=truncate_dim,
             max_unsaved=max_unsaved,
         )
-        self._clients = [one for one in self._clients if not one.has_ended]
-        self._clients.append(client)
+        self._clients.add(client)
         if self._error is not None:
             client.fail(self._error)
         return client
