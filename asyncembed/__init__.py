@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from asyncembed.records import Text as Text
     from asyncembed.records import TokenText as TokenText
     from asyncembed.records import text_id as text_id
-    from asyncembed.sinks import StoredEmbeddings as StoredEmbeddings
-    from asyncembed.sinks import StoredText as StoredText
-    from asyncembed.sinks import open_embeddings as open_embeddings
     from asyncembed.sources import read_texts as read_texts
+    from asyncembed.store import StoredEmbeddings as StoredEmbeddings
+    from asyncembed.store import StoredText as StoredText
+    from asyncembed.store import open_embeddings as open_embeddings
     from asyncembed.stream import EmbedStream as EmbedStream
     from asyncembed.stream import embed_stream as embed_stream
 
@@ -69,7 +69,7 @@ _PUBLIC = {
     "engine.limits": ("TokenLimitEstimator",),
     "options": ("EmbedOptions",),
     "records": ("Batch", "Chunk", "EmbeddedChunk", "EmbeddedText", "Summary", "Text", "TokenText", "text_id"),
-    "sinks": ("StoredEmbeddings", "StoredText", "open_embeddings"),
+    "store": ("StoredEmbeddings", "StoredText", "open_embeddings"),
     "sources": ("read_texts",),
     "stream": ("EmbedStream", "embed_stream"),
 }

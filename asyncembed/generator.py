@@ -24,10 +24,10 @@ from asyncembed.job.loading import encoder_for, fingerprint_of, recorded_in
 from asyncembed.job.lookup import LOOKED_AT, RUN_BY_US, check_folder
 from asyncembed.options import DEFAULT_SAVE_PATH, EmbedOptions
 from asyncembed.records import Chunk
-from asyncembed.sinks.folder import StorePaths
-from asyncembed.sinks.writer import FolderWriter
 from asyncembed.sources.feed import Handoff
 from asyncembed.steps import PipelineSteps
+from asyncembed.store.files import StorePaths
+from asyncembed.store.writer import FolderWriter
 from asyncembed.stream import EmbedStream
 from asyncembed.threads import LoopThread, watch
 

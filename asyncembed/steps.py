@@ -19,9 +19,9 @@ from asyncembed.engine.work import Client, Work
 from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError, OptionsError
 from asyncembed.job import Entry
 from asyncembed.records import Batch, Chunk, FloatVector, Rejected, SourceItem, Text, text_id
-from asyncembed.sinks import StoredText
-from asyncembed.sinks.writer import FolderWriter
 from asyncembed.sources.feed import to_item
+from asyncembed.store import StoredText
+from asyncembed.store.writer import FolderWriter
 from asyncembed.wording import plural
 
 MICRO_BATCH = 64

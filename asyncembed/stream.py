@@ -27,7 +27,7 @@ from asyncembed.options import (
     EmbedOptions,
 )
 from asyncembed.records import EmbeddedText, FloatVector, Summary
-from asyncembed.sinks.folder import StorePaths
+from asyncembed.store.files import StorePaths
 from asyncembed.wording import plural
 
 if sys.version_info < (3, 11):

@@ -19,8 +19,8 @@ from asyncembed.engine.engine import Engine
 from asyncembed.engine.limits import TokenLimitEstimator
 from asyncembed.engine.model_thread import EncoderThread
 from asyncembed.engine.work import Work
-from asyncembed.sinks.folder import StorePaths
-from asyncembed.sinks.lock import FolderLock
+from asyncembed.store.files import StorePaths
+from asyncembed.store.lock import FolderLock
 from asyncembed.threads import WorkerThread
 from tests.fakes import FakeEncoder
 
@@ -269,4 +269,4 @@ def check_folder(folder: Path, wrong: Leftovers) -> None:
     summary = asyncio.run(embed_stream(TEXTS, model=FakeEncoder(), save_path=folder).run())
     wrong.check((summary.texts, summary.failed) == (len(TEXTS), 1), f"the next run: {summary}")
     wrong.check({stored.text for stored in open_embeddings(folder)} == UNIQUE_GOOD, "the next run lacks texts")
-    wrong.check(not list(folder.glob("*.journal")), "a journal is left")
+    wrong.check(not list(folder.glob("*-wal")), "the ledger is not closed")

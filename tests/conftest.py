@@ -71,10 +71,10 @@ MAY_BLOCK = {
     # For synchronous code: it is the test that calls them on a loop.
     "asyncembed/langchain.py": {"_wait", "close"},
     "asyncembed/cli/store.py": _EveryFunction(),
-    "asyncembed/sinks/folder.py": {"of"},  # the working directory: no disk is asked
+    "asyncembed/store/files.py": {"of"},  # the working directory: no disk is asked
     "asyncembed/engine/memory.py": _EveryFunction(),  # files of the kernel, answered from memory
     "asyncembed/records.py": _EveryFunction(),  # the same: when the process began, and its peak of memory
-    "asyncembed/sinks/reader.py": _EveryFunction(),  # for synchronous code: a test calls it on a loop
+    "asyncembed/store/reader.py": _EveryFunction(),  # for synchronous code: a test calls it on a loop
     "asyncembed/generator.py": _EveryFunction(),  # synchronous too, in a notebook above a running loop
     "asyncembed/steps.py": _EveryFunction(),  # the same
     "logging/__init__.py": {"emit"},  # where a warning goes is the user's choice

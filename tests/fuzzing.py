@@ -13,11 +13,11 @@ from typing import Any
 
 from asyncembed.errors import AsyncEmbedError, CorruptRecordError
 from asyncembed.records import Rejected, Text, text_id
-from asyncembed.sinks.folder import StorePaths
-from asyncembed.sinks.reader import open_embeddings
-from asyncembed.sinks.writer import FolderWriter
 from asyncembed.sources import read_texts
-from tests.sinks.making import FINGERPRINT, MADE_WITH, failure, record
+from asyncembed.store.files import StorePaths
+from asyncembed.store.reader import open_embeddings
+from asyncembed.store.writer import FolderWriter
+from tests.store.making import FINGERPRINT, MADE_WITH, failure, record
 
 WHOLE, CLEAN = "read whole", "clean error"
 
@@ -235,7 +235,7 @@ REFERENCES: dict[str, Callable[[bytes], list[str] | None]] = {
 # --- the store ---
 
 TEXTS = ("one", "two \ud800 halves", "three ü", "four")
-_DAMAGED = ("embeddings_index.json", "embeddings_index.journal", "errors.jsonl", ".lock.owner", "record")
+_DAMAGED = ("embeddings_index.json", "ledger.sqlite", "errors.jsonl", ".lock.owner", "record")
 
 
 def folder_seed(root: Path, *, killed: bool) -> dict[str, bytes]:

@@ -27,13 +27,14 @@ from asyncembed.errors import StoreError, StoreMismatchError
 from asyncembed.job.loading import load_all
 from asyncembed.options import EmbedOptions
 from asyncembed.records import Chunk, EmbeddedChunk, EmbeddedText, FloatVector, SourceItem, Text, text_id
-from asyncembed.sinks import DigestSet, StoredEmbeddings, open_embeddings
-from asyncembed.sinks.codec import encode_json
-from asyncembed.sinks.folder import StorePaths, storage_errors
-from asyncembed.sinks.header import Header
-from asyncembed.sinks.origin import check_orphans, check_ours
-from asyncembed.sinks.record_file import encode_record
 from asyncembed.sources import FileTexts
+from asyncembed.store import DigestSet, StoredEmbeddings, open_embeddings
+from asyncembed.store.codec import encode_json
+from asyncembed.store.files import StorePaths, storage_errors
+from asyncembed.store.json_files import JsonFiles, encode_record
+from asyncembed.store.ledger import Header
+from asyncembed.store.lock import check_ours
+from asyncembed.store.origin import check_orphans
 from asyncembed.wording import plural
 
 
@@ -158,10 +159,10 @@ def _row(name: str, words: str) -> str:
 
 
 BESIDE_BYTES = 350
-"""For each text beside its file: a line of the journal, one of the index, and its name in the folder."""
+"""For each text beside its file: a row of the ledger, a line of the index, and its name in the folder."""
 
 BESIDE_FILES = 8
-"""The index, the journal, the lock, their temporary files, the folders."""
+"""The index, the ledger, the lock, their temporary files, the folders."""
 
 _EMPTY: FloatVector = np.empty(0, np.float32)
 
@@ -362,7 +363,7 @@ def _refusal(folder: Path, saved: StoredEmbeddings, fingerprint: Mapping[str, ob
         if saved.fingerprint is not None:
             Header(saved.fingerprint, {}).compare(ours, paths.root)
         else:
-            check_orphans(paths, ours, len(saved))
+            check_orphans(JsonFiles(paths), paths.root, ours)
     except StoreMismatchError as error:
         return str(error)
     return None

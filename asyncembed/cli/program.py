@@ -17,7 +17,7 @@ from asyncembed.errors import OptionsError, StoreMismatchError
 from asyncembed.options import FILE_OPTIONS, EmbedOptions
 
 if TYPE_CHECKING:
-    from asyncembed.sinks.folder import StorePaths
+    from asyncembed.store.files import StorePaths
 
 PROGRAM_NAME = "asyncembed"
 
@@ -166,8 +166,8 @@ def run_program(arguments: Sequence[str], signals: Signals) -> int:
 
 def _perform(request: Request, console: Console, signals: Signals) -> int:
     # The input is opened before anything heavy is imported: a wrong name is told at once.
-    from asyncembed.sinks.folder import StorePaths
     from asyncembed.sources import read_texts
+    from asyncembed.store.files import StorePaths
 
     options = request.options
     if options.folder is not None:
@@ -199,7 +199,7 @@ def _check_input(name: str, paths: StorePaths) -> None:
     Raises:
         OptionsError: It is one of the folder's own files.
     """
-    if os.path.realpath(name) in map(os.path.realpath, (paths.errors, paths.index, paths.journal)):
+    if os.path.realpath(name) in map(os.path.realpath, (paths.errors, paths.index, paths.ledger)):
         raise OptionsError(
             f"{name} belongs to {paths.root}, and the run would replace it; copy it, or choose another folder"
         )

@@ -16,15 +16,14 @@ import click
 from asyncembed.cli.console import Console, Exit, mend_streams, print_out, writing_out
 from asyncembed.cli.signals import Signals
 from asyncembed.errors import AsyncEmbedError, CorruptRecordError, StoreError
-from asyncembed.sinks.folder import StorePaths, record_ids, storage_errors
-from asyncembed.sinks.header import Header
-from asyncembed.sinks.origin import is_of
-from asyncembed.sinks.reader import open_embeddings
-from asyncembed.sinks.record_file import StoredText, read_record
-from asyncembed.sinks.upkeep import Fault, FolderCheck, are_all_known
-from asyncembed.sinks.upkeep import failures as find_failures
-from asyncembed.sinks.upkeep import rebuild as rebuild_index
-from asyncembed.sinks.upkeep import remove_damaged as check_and_remove
+from asyncembed.store import StoredText, open_embeddings
+from asyncembed.store.check import Fault, FolderCheck
+from asyncembed.store.check import failures as find_failures
+from asyncembed.store.check import rebuild as rebuild_index
+from asyncembed.store.check import remove_damaged as check_and_remove
+from asyncembed.store.files import StorePaths, storage_errors
+from asyncembed.store.json_files import JsonFiles
+from asyncembed.store.ledger import Header
 from asyncembed.wording import plural
 
 
@@ -88,7 +87,8 @@ class Recomputation:
         ours |= {name: made[name] for name in ("chunk_size", "chunk_overlap", "long_texts", "splitter") if name in made}
         Header.of(made, {}).compare(Header.of(ours, {}), self._paths.root)
         least = MIN_COSINE if encoder.dtype == "float32" else MIN_COSINE_ROUGH
-        ours_alone = (text for text in self._sample() if is_of(text, Header.of(made, {})))  # of others all is said
+        header = Header.of(made, {})
+        ours_alone = (text for text in self._sample() if header.covers(text))  # of others all is said
         for wrong, cosine in disagreements(encoder, Instruction(chunker.prompt, chunker.task), ours_alone, least):
             yield Fault(
                 self._paths.record(wrong.id), f"its vector is not what the model gives (cosine {cosine:.4f})", True
@@ -96,16 +96,16 @@ class Recomputation:
 
     def _sample(self) -> Iterator[StoredText]:
         """So many stored texts, each with the same chance; damaged ones are passed over."""
-        chosen: list[str] = []
+        texts, chosen = JsonFiles(self._paths), list[str]()
         with storage_errors(self._paths.root):
-            for number, identity in enumerate(name for block in record_ids(self._paths) for name in block):
+            for number, identity in enumerate(name for block in texts.ids() for name in block):
                 if len(chosen) < self._n_wanted:
                     chosen.append(identity)
                 elif (place := random.randrange(number + 1)) < self._n_wanted:
                     chosen[place] = identity
         for identity in chosen:
             try:
-                stored = read_record(identity, self._paths.record(identity))
+                stored = texts.read(identity)
             except (CorruptRecordError, FileNotFoundError):
                 continue
             self.n_texts += 1
@@ -162,7 +162,7 @@ def verify(
     """Read every file, and say what is wrong.
 
     A file is right if it is whole, its text is the one that its name says, its vector is finite and as long as the
-    folder's, it was made with the folder's weights and options, and the index says the same of it.
+    folder's, it was made with the folder's weights and options, and the ledger says the same of it.
     """
     if recompute is None and (model is not None or any(trust.values())):
         raise click.UsageError("--model, --trust-remote-code and --allow-pickle go with --recompute N")
@@ -185,7 +185,7 @@ def verify(
         print_out(json.dumps(numbers))
     else:
         recomputed = f", {again.n_texts} computed again" if recompute is not None else ""
-        unlisted = f"; {plural(check.n_unlisted, 'file')} not yet in the index" if check.n_unlisted else ""
+        unlisted = f"; {plural(check.n_unlisted, 'file')} not yet in the ledger" if check.n_unlisted else ""
         removal = f", {n_removed} removed: the next run makes them anew" if n_removed else ""
         print_out(f"{plural(check.n_files, 'file')} read{recomputed}, {plural(n_faults, 'fault')}{removal}{unlisted}")
     return Exit.INCOMPLETE if n_faults else Exit.DONE
@@ -197,33 +197,32 @@ def verify(
 def failures(folder: str, as_json: bool) -> int:
     """List the texts that could not be embedded, and why. The next run tries them again.
 
-    The texts themselves are in errors.jsonl, for the last run. Exits 1 if a damaged index may have named more.
+    The texts themselves are in errors.jsonl, for the last run. Exits 1 if a damaged ledger may have named more.
     """
     paths = _paths(folder)
-    n_failed = 0
-    for failure in find_failures(paths):
-        n_failed += 1
+    failed, is_all = find_failures(paths)
+    for failure in failed:
         if as_json:
             print_out(json.dumps({"id": failure.id, "reason": failure.reason, "keys": list(failure.keys)}))
         else:
             keys = f" ({', '.join(failure.keys)})" if failure.keys else ""
             print_out(f"{failure.id}{keys}: {failure.reason}")
-    if not are_all_known(paths):
-        told = f", of {plural(n_failed, 'text')} it is known" if n_failed else ""
+    if not is_all:
+        told = f", of {plural(len(failed), 'text')} it is known" if failed else ""
         reason = f"is gone or cannot be read, so which texts failed is not known{told}; the next run tries them all"
-        print_out(json.dumps({"path": paths.index, "reason": reason}) if as_json else f"{paths.index}: {reason}")
+        print_out(json.dumps({"path": paths.ledger, "reason": reason}) if as_json else f"{paths.ledger}: {reason}")
         return Exit.INCOMPLETE
     if not as_json:
-        print_out(f"{plural(n_failed, 'text')} failed")
+        print_out(f"{plural(len(failed), 'text')} failed")
     return Exit.DONE
 
 
 @group.command()
 @_FOLDER
 def rebuild(folder: str) -> int:
-    """Make the index anew from the files.
+    """Make ledger and index anew from the files.
 
-    Keys and failures are kept as far as the old index and its journal can be read.
+    Keys and failures are kept as far as the old ones can be read.
     """
     paths = _paths(folder)
     n_faults = 0

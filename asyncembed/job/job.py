@@ -29,8 +29,8 @@ from asyncembed.job.loading import load_all
 from asyncembed.job.lookup import LOOKED_AT, RUN_BY_US, Entry, Lookup, check_folder
 from asyncembed.options import EmbedOptions
 from asyncembed.records import EmbeddedText, Rejected, SourceItem, Summary, Text, process_seconds
-from asyncembed.sinks import JsonStore
 from asyncembed.sources import TextFeed
+from asyncembed.store import Store
 from asyncembed.threads import WorkerThread
 from asyncembed.wording import plural
 
@@ -161,9 +161,9 @@ class Job:
         self._limits = parts.limits
         self._budget = MemoryBudget(options.max_memory_bytes)
         self.admission = AdmissionQueue(self._budget.max_bytes, self._budget.exceeded)
-        self._store: JsonStore | None = None
+        self._store: Store | None = None
         if folder is not None:
-            self._store = JsonStore(folder, overwrite=options.overwrite, durability=options.durability)
+            self._store = Store(folder, overwrite=options.overwrite, durability=options.durability)
         self._lookup = Lookup(self._store, want_vectors=parts.want_results)
         self._order = OrderBuffer() if options.ordered else None
         self._unsaved: deque[Entry] = deque()
@@ -268,7 +268,7 @@ class Job:
             with anyio.CancelScope(shield=True):
                 await self._close_store(self._store, complete)
 
-    async def _close_store(self, store: JsonStore, complete: bool) -> None:
+    async def _close_store(self, store: Store, complete: bool) -> None:
         try:
             if not complete:  # what was finished is worth keeping, whatever ended the run
                 rest = [*self._unsaved, *(self._client.finished_nowait() if self._client is not None else [])]

@@ -21,12 +21,10 @@ from asyncembed.engine.chunking import Chunker
 from asyncembed.engine.splitting import TextSplitter
 from asyncembed.errors import OptionsError
 from asyncembed.options import EmbedOptions
-from asyncembed.sinks.folder import StorePaths, make_folders, storage_errors
-from asyncembed.sinks.header import Header
-from asyncembed.sinks.index import index_state
-from asyncembed.sinks.journal import journal_header
-from asyncembed.sinks.lock import FolderLock
-from asyncembed.sinks.origin import check_ours
+from asyncembed.store.files import StorePaths, make_folders, storage_errors
+from asyncembed.store.ledger import Header
+from asyncembed.store.lock import FolderLock, check_ours
+from asyncembed.store.reader import read_header
 
 
 def recorded_in(folder: Path | None) -> Mapping[str, Any]:
@@ -45,7 +43,7 @@ def recorded_in(folder: Path | None) -> Mapping[str, Any]:
     try:
         lock.acquire()
         with storage_errors(paths.root):
-            return fingerprint_of(index_state(paths.index).header or journal_header(paths.journal))
+            return fingerprint_of(read_header(paths))
     finally:
         lock.release()
 

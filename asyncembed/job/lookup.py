@@ -25,8 +25,8 @@ from asyncembed.records import (
     Text,
     text_id,
 )
-from asyncembed.sinks import DigestSet, JsonStore, StoredText
-from asyncembed.sinks.json_store import Found
+from asyncembed.store import DigestSet, Store, StoredText
+from asyncembed.store.store import Found
 from asyncembed.threads import WorkerThread
 
 
@@ -174,7 +174,7 @@ class Lookup:
     are read from the store. Without a store only texts under way are shared: an endless stream must not grow a set.
     """
 
-    def __init__(self, store: JsonStore | None, *, want_vectors: bool) -> None:
+    def __init__(self, store: Store | None, *, want_vectors: bool) -> None:
         self._store = store
         self._want_vectors = want_vectors
         self._first: dict[str, Entry] = {}  # of each text under way the entry that is computed

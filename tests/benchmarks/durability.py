@@ -14,8 +14,8 @@ from statistics import median
 import numpy as np
 
 from asyncembed.records import EmbeddedChunk, EmbeddedText, text_id
-from asyncembed.sinks.folder import StorePaths
-from asyncembed.sinks.writer import FolderWriter
+from asyncembed.store.files import StorePaths
+from asyncembed.store.writer import FolderWriter
 
 DIM = 384
 N_FILES = 1024

@@ -91,8 +91,8 @@ def test_a_folder_of_somebody_else_is_refused_with_what_to_do(tmp_path: Path) ->
     if os.geteuid() != 0:
         pytest.skip("only root can run a process as somebody else")
     script = (
-        "import os, sys\nfrom asyncembed.sinks.folder import StorePaths\n"
-        "from asyncembed.sinks.writer import FolderWriter\n"
+        "import os, sys\nfrom asyncembed.store.files import StorePaths\n"
+        "from asyncembed.store.writer import FolderWriter\n"
         f"os.setuid({NOBODY})\nwriter = FolderWriter(StorePaths.of(sys.argv[1]))\n"
         "try:\n    writer.open()\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
         "finally:\n    writer.close(complete=False)\n"

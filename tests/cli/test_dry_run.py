@@ -10,7 +10,7 @@ import pytest
 from asyncembed.cli.dry_run import Plan, Room, Sample, Speed, file_bytes, in_bytes, saved_in, vector_bytes
 from asyncembed.errors import StoreError
 from asyncembed.records import Chunk, EmbeddedChunk, EmbeddedText, text_id
-from asyncembed.sinks.record_file import encode_record
+from asyncembed.store.json_files import encode_record
 
 IDS = np.arange(5, dtype=np.int32)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from asyncembed.sinks import open_embeddings
-from asyncembed.sinks.folder import StorePaths, make_folders
-from asyncembed.sinks.lock import FolderLock
+from asyncembed.store import open_embeddings
+from asyncembed.store.files import StorePaths, make_folders
+from asyncembed.store.lock import FolderLock
 from tests.cli.running import ENVIRONMENT, PROGRAM, run, started, wait_for
 
 CONTRACT = (
@@ -179,7 +179,7 @@ def test_sigterm_saves_what_is_done_and_the_same_command_goes_on(tmp_path: Path)
     assert len(saved) == numbers["embedded"]
     index = json.loads((tmp_path / "data" / "embeddings_index.json").read_bytes())
     assert sorted(index["texts"]) == saved.ids()  # complete: the next start has nothing to repair
-    assert not (tmp_path / "data" / "embeddings_index.journal").exists()
+    assert not (tmp_path / "data" / "ledger.sqlite-wal").exists()
     lock = FolderLock(StorePaths.of(tmp_path / "data"))
     lock.acquire()
     lock.release()

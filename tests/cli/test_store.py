@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import orjson
@@ -15,11 +17,12 @@ import pytest
 from asyncembed.cli.store import run
 from asyncembed.errors import StoreMismatchError
 from asyncembed.records import text_id
-from asyncembed.sinks import open_embeddings
-from asyncembed.sinks.folder import StorePaths, record_ids
-from asyncembed.sinks.lock import FolderLock
+from asyncembed.store import open_embeddings
+from asyncembed.store.files import StorePaths
+from asyncembed.store.json_files import JsonFiles
+from asyncembed.store.lock import FolderLock
 from tests.conftest import ROOT
-from tests.sinks.making import FINGERPRINT, failure, killed_after, opened, record
+from tests.store.making import FINGERPRINT, failure, killed_after, opened, record
 
 
 def file_of(folder: Path, text: str) -> Path:
@@ -34,6 +37,12 @@ async def fill(folder: Path) -> None:
     async with opened(folder) as store:
         await store.commit([record(f"text {n}", f"k{n}") for n in range(5)])
         await store.commit([failure("bad", "too long", "kb"), record("text 1", "other")])
+
+
+def forget(folder: Path) -> None:
+    """The folder loses what says how its texts were made."""
+    (folder / "ledger.sqlite").unlink()
+    (folder / "embeddings_index.json").unlink()
 
 
 async def pass_over(folder: Path) -> None:
@@ -65,7 +74,7 @@ FAULTS = [
     (_change(embedding=[1.0, 2.0]), "its vector has 2 numbers, the folder's have 4"),
     (_change(embedding=[1.0, 2.0, 3.0, 1e300]), "empty or not finite"),
     (_change(fingerprint="0" * 16), "made with other weights or options"),
-    (_change(n_tokens=99), "its n_tokens is 99, the index says 3"),
+    (_change(n_tokens=99), "its n_tokens is 99, the ledger says 3"),
     (_change(chunks=[]), "it has no chunks"),
 ]
 
@@ -94,7 +103,7 @@ async def test_verify_finds_each_kind_of_damage_and_removes_it_if_asked(
     assert texts_of(tmp_path)[text_id("text 1")]["key"] == ["k1", "other"]
 
 
-async def test_verify_of_missing_file_torn_index_and_lost_index_says_so(
+async def test_verify_of_missing_file_torn_index_and_lost_ledger_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await fill(tmp_path)
@@ -105,10 +114,13 @@ async def test_verify_of_missing_file_torn_index_and_lost_index_says_so(
     assert numbers == {"files": 4, "faults": 1, "removed": 0, "unlisted": 0}
     _half(tmp_path / "embeddings_index.json")
     assert run(["verify", str(tmp_path)]) == 1
-    assert "torn or was reformatted; asyncembed-store rebuild" in capsys.readouterr().out
-    (tmp_path / "embeddings_index.json").unlink()
+    assert "embeddings_index.json: is torn; asyncembed-store rebuild" in capsys.readouterr().out
+    _half(tmp_path / "ledger.sqlite")
     assert run(["verify", str(tmp_path)]) == 1
-    assert "is gone, and with it what the texts were made with" in capsys.readouterr().out
+    assert "ledger.sqlite: is gone or cannot be read; asyncembed-store rebuild" in capsys.readouterr().out
+    forget(tmp_path)
+    assert run(["verify", str(tmp_path)]) == 1
+    assert "is gone or cannot be read, and with it what the texts were made with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -117,8 +129,8 @@ def test_remove_damaged_without_a_header_removes_no_file_for_its_length(
 ) -> None:
     """Whichever file is listed first, it is no judge of the others."""
     asyncio.run(fill(tmp_path))
-    (tmp_path / "embeddings_index.json").unlink()
-    listed = [name for block in record_ids(StorePaths.of(tmp_path)) for name in block]
+    forget(tmp_path)
+    listed = [name for block in JsonFiles(StorePaths.of(tmp_path)).ids() for name in block]
     stray, torn = (tmp_path / "embeddings_data" / f"{listed[n]}.json" for n in ((0, 1) if first else (1, 2)))
     fields = orjson.loads(stray.read_bytes())
     stray.write_bytes(orjson.dumps({**fields, "embedding": [1.0, 2.0, 3.0]}))
@@ -141,7 +153,7 @@ def test_folder_without_index_and_some_files_of_other_options_says_which_and_how
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asyncio.run(fill(tmp_path))
-    (tmp_path / "embeddings_index.json").unlink()
+    forget(tmp_path)
     stray = file_of(tmp_path, "text 1")
     _change(fingerprint="0" * 16)(stray)
     old = file_of(tmp_path, "text 0")  # of a version whose files do not say it
@@ -165,7 +177,7 @@ def test_folder_without_index_and_some_files_of_other_options_says_which_and_how
 
 def test_job_that_fits_a_few_files_of_a_folder_without_index_says_that_most_differ(tmp_path: Path) -> None:
     asyncio.run(fill(tmp_path))
-    (tmp_path / "embeddings_index.json").unlink()
+    forget(tmp_path)
     for n in range(4):
         _change(fingerprint="0" * 16)(file_of(tmp_path, f"text {n}"))
     with pytest.raises(StoreMismatchError, match=r"4 of 5 files .* such as \S+\.json and \S+\.json; use the options"):
@@ -173,16 +185,16 @@ def test_job_that_fits_a_few_files_of_a_folder_without_index_says_that_most_diff
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93\x00\xff{]" * 50, b"[1, 2]", b"{}", b'{"version":1,"texts":{\n'])
-def test_index_that_cannot_be_read_is_one_fault_with_advice_that_works(
+def test_ledger_and_index_that_cannot_be_read_are_one_fault_with_advice_that_works(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
     asyncio.run(fill(tmp_path))
-    index = tmp_path / "embeddings_index.json"
-    index.write_bytes(content)
+    for name in ("ledger.sqlite", "embeddings_index.json"):
+        (tmp_path / name).write_bytes(content)
     assert run(["verify", str(tmp_path)]) == 1
     fault, _ = capsys.readouterr().out.splitlines()
     assert fault.startswith(
-        f"{index}: cannot be read, and with it what the texts were made with; the next run writes it"
+        f"{tmp_path}/ledger.sqlite: is gone or cannot be read, and with it what the texts were made"
     )
     assert run(["rebuild", str(tmp_path)]) == 3
     assert "cannot be read, so nothing says what its texts were made with; run a job" in capsys.readouterr().err
@@ -196,35 +208,37 @@ def _cut(path: Path) -> None:
 
 @pytest.mark.parametrize("json_too", [False, True])
 @pytest.mark.parametrize("damage", [_empty, _cut, Path.unlink])
-async def test_failures_of_an_index_that_cannot_be_read_are_not_known(
+async def test_failures_of_a_ledger_that_cannot_be_read_are_perhaps_not_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], json_too: bool
 ) -> None:
     await fill(tmp_path)
-    damage(tmp_path / "embeddings_index.json")
+    damage(tmp_path / "ledger.sqlite")
     assert run(["failures", str(tmp_path), *["--json"] * json_too]) == 1
     out = capsys.readouterr().out
-    assert "which texts failed is not known" in out.splitlines()[-1]
-    assert "0 texts" not in out
+    assert "of 1 text it is known" in out.splitlines()[-1]  # the index names it
+    assert text_id("bad") in out
     if json_too:
-        assert [json.loads(line) for line in out.splitlines()][-1]["path"] == str(tmp_path / "embeddings_index.json")
+        assert [json.loads(line) for line in out.splitlines()][-1]["path"] == str(tmp_path / "ledger.sqlite")
 
 
 @pytest.mark.parametrize("name", ["n_tokens", "n_chunks"])
-async def test_verify_blames_the_index_where_the_file_is_as_it_was_saved(
+async def test_verify_blames_the_ledger_where_the_file_is_as_it_was_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     await fill(tmp_path)
-    index = tmp_path / "embeddings_index.json"
-    before = index.read_bytes()
-    told = {"n_tokens": 3, "n_chunks": 1}[name]
-    index.write_bytes(before.replace(b'"%s":%d' % (name.encode(), told), b'"%s":9' % name.encode(), 1))
+    before = (tmp_path / "embeddings_index.json").read_bytes()
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)) as ledger:
+        ledger.execute(f"update log set {name} = 9 where seq = 1")
     assert run(["verify", "--remove-damaged", str(tmp_path)]) == 1
     fault, last = capsys.readouterr().out.splitlines()
-    assert fault.startswith(f"{index}: says that {name} of ")
-    assert fault.endswith(f"is 9, its file says {told}; asyncembed-store rebuild makes it anew")
+    assert fault.startswith(f"{tmp_path}/ledger.sqlite: says that {name} of ")
+    assert fault.endswith(
+        f"is 9, its file says {3 if name == 'n_tokens' else 1}; asyncembed-store rebuild makes it anew"
+    )
     assert last == "5 files read, 1 fault"
     assert run(["rebuild", str(tmp_path)]) == 0
-    assert index.read_bytes() == before
+    assert run(["verify", str(tmp_path)]) == 0
+    assert (tmp_path / "embeddings_index.json").read_bytes() == before
 
 
 async def test_verify_of_a_killed_run_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,37 +248,33 @@ async def test_verify_of_a_killed_run_is_well(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("json_too", [False, True])
-async def test_failures_lists_each_with_its_reason_also_from_a_torn_index(
+async def test_failures_lists_each_with_its_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], json_too: bool
 ) -> None:
     await fill(tmp_path)
     await killed_after(tmp_path, [failure("worse", "no vector")])
-    for damage in (None, lambda path: path.write_text(json.dumps(json.loads(path.read_bytes()), indent=1))):
-        if damage is not None:
-            damage(tmp_path / "embeddings_index.json")
-        assert run(["failures", str(tmp_path), *["--json"] * json_too]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        if json_too:
-            found = {line["id"]: (line["reason"], line["keys"]) for line in map(json.loads, lines)}
-            assert found == {text_id("bad"): ("too long", ["kb"]), text_id("worse"): ("no vector", [])}
-        else:
-            assert f"{text_id('bad')} (kb): too long" in lines
-            assert f"{text_id('worse')}: no vector" in lines
-            assert lines[-1] == "2 texts failed"
+    assert run(["failures", str(tmp_path), *["--json"] * json_too]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    if json_too:
+        found = {line["id"]: (line["reason"], line["keys"]) for line in map(json.loads, lines)}
+        assert found == {text_id("bad"): ("too long", ["kb"]), text_id("worse"): ("no vector", [])}
+    else:
+        assert f"{text_id('bad')} (kb): too long" in lines
+        assert f"{text_id('worse')}: no vector" in lines
+        assert lines[-1] == "2 texts failed"
 
 
 async def test_rebuild_makes_the_same_index_again_and_leaves_damaged_files_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await fill(tmp_path)
-    before = (tmp_path / "embeddings_index.json").read_bytes()
-    assert run(["rebuild", str(tmp_path)]) == 0
-    assert (tmp_path / "embeddings_index.json").read_bytes() == before
-    path = tmp_path / "embeddings_index.json"
-    path.write_text(json.dumps(json.loads(before), indent=1))
-    assert run(["rebuild", str(tmp_path)]) == 0
-    assert path.read_bytes() == before
-    assert not (tmp_path / "embeddings_index.journal").exists()
+    index, ledger = tmp_path / "embeddings_index.json", tmp_path / "ledger.sqlite"
+    before = index.read_bytes()
+    for damage in (lambda: None, index.unlink, ledger.unlink, lambda: _half(ledger)):
+        damage()
+        assert run(["rebuild", str(tmp_path)]) == 0
+        assert index.read_bytes() == before
+        assert run(["verify", str(tmp_path)]) == 0
     _half(file_of(tmp_path, "text 3"))
     capsys.readouterr()
     assert run(["rebuild", str(tmp_path)]) == 1
@@ -278,7 +288,7 @@ async def test_rebuild_of_a_folder_that_lost_what_it_was_made_with_says_what_to_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await fill(tmp_path)
-    (tmp_path / "embeddings_index.json").unlink()
+    forget(tmp_path)
     assert run(["rebuild", str(tmp_path)]) == 3
     assert "run a job with the options that made them" in capsys.readouterr().err
     async with opened(tmp_path) as store:

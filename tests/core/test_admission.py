@@ -16,7 +16,7 @@ from asyncembed.engine.admission import AdmissionQueue, life_bytes
 from asyncembed.engine.chunking import Chunker
 from asyncembed.engine.work import Client, Work
 from asyncembed.records import EmbeddedChunk, EmbeddedText, text_id
-from asyncembed.sinks.record_file import encode_record
+from asyncembed.store.json_files import encode_record
 
 from .minilm import chunker
 

@@ -12,8 +12,10 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,22 @@ class Steps:
         os.write = self._write_in_halves  # type: ignore[assignment]
         self._open = builtins.open
         builtins.open = self._open_counted  # type: ignore[assignment]
+        self._count_statements()
+
+    def _count_statements(self) -> None:
+        """What the ledger is asked or told is a step too, in the middle of a transaction as well."""
+        step, connect = self.step, sqlite3.connect
+
+        class Counted(sqlite3.Connection):
+            def execute(self, *arguments: Any) -> sqlite3.Cursor:
+                step()
+                return super().execute(*arguments)
+
+            def executemany(self, *arguments: Any) -> sqlite3.Cursor:
+                step()
+                return super().executemany(*arguments)
+
+        sqlite3.connect = partial(connect, factory=Counted)  # type: ignore[assignment]
 
     def step(self) -> None:
         """One step further; the fatal one is the last."""

@@ -11,14 +11,14 @@ import pytest
 from blockbuster import BlockingError
 
 from asyncembed import embed_stream
-from asyncembed.sinks.folder import write_whole
-from asyncembed.sinks.lock import FolderLock, StorePaths
+from asyncembed.store.files import write_whole
+from asyncembed.store.lock import FolderLock, StorePaths
 from tests.fakes import FakeEncoder
 
 
 async def test_file_written_on_the_loop_is_seen(tmp_path: Path) -> None:
     with pytest.raises(BlockingError):
-        write_whole(str(tmp_path / "file"), str(tmp_path / "temporary"), b"data")
+        write_whole(str(tmp_path / "file"), b"data")
 
 
 async def test_lock_taken_on_the_loop_is_seen(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ async def test_lock_taken_on_the_loop_is_seen(tmp_path: Path) -> None:
 
 
 def test_file_written_in_a_thread_is_left_alone(tmp_path: Path) -> None:
-    arguments = (str(tmp_path / "file"), str(tmp_path / "temporary"), b"data")
+    arguments = (str(tmp_path / "file"), b"data")
     thread = threading.Thread(target=write_whole, args=arguments)
     thread.start()
     thread.join()

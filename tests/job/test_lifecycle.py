@@ -22,7 +22,7 @@ from asyncembed import (
     Text,
     embed_stream,
 )
-from asyncembed.sinks.writer import FolderWriter
+from asyncembed.store.writer import FolderWriter
 from tests.conftest import all_tasks_done
 from tests.fakes import FakeEncoder
 

@@ -136,7 +136,7 @@ async def test_keys_and_texts_that_look_like_paths_never_name_a_file(tmp_path: P
     await embed_stream(source, model=FakeEncoder(), save_path=inner)
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     records = {f"a/b/data/embeddings_data/{text_id(item.text)}.json" for item in source}
-    assert names - {"a/b/data/.lock"} == records | {"a/b/data/embeddings_index.json"}
+    assert names - {"a/b/data/.lock"} == records | {"a/b/data/embeddings_index.json", "a/b/data/ledger.sqlite"}
     stored = open_embeddings(inner)
     assert {key: stored.by_key(key).text for key in odd} == {key: f"text of {key!r}" for key in odd}
 

@@ -31,7 +31,7 @@ STEPS_OF_A_TEXT = 4
 """Open, two halves of a write, rename."""
 
 STEPS_OF_A_JOB = 30
-"""Lock, journal, index."""
+"""Lock, ledger, index."""
 
 AGREE = 0.999999
 TOLERANCE = COMMIT_RECORDS + 3 * MOST_ROWS
@@ -190,7 +190,7 @@ def _verify(folder: Path, ids: list[str], expected: dict[str, np.ndarray], count
     if missing:
         count.broken.append(f"{len(missing)} texts are missing when all is done")
     index = json.loads((folder / "embeddings_index.json").read_bytes())
-    if set(index["texts"]) != set(found) or any(folder.rglob("*.tmp")) or any(folder.glob("*.journal")):
+    if set(index["texts"]) != set(found) or any(folder.rglob("*.tmp")) or any(folder.glob("*-wal")):
         count.broken.append("the index of a finished job is not that of its files")
     for identity, vector in zip(found, matrix, strict=True):
         other = expected[identity]

@@ -20,6 +20,7 @@ IDENTITY = text_id(TEXTS[0])
 FOREIGN = {
     "errors.jsonl": b'{"time": "2024-05-01", "level": "error", "message": "the nightly import failed"}\n',
     "embeddings_index.json": b'{"version": 3, "documents": {"%b": {"vector": [0.1]}}}' % IDENTITY.encode(),
+    "ledger.sqlite": b"2024-05-01;42.00;rent\n",
     "embeddings_index.journal": b"Monday. Rain again.\n",
     ".lock": b"held by the backup\n",
     ".lock.owner": b"alice\n",
