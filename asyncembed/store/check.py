@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,13 +16,9 @@ from asyncembed.store.index import export, is_earlier, is_whole, reading
 from asyncembed.store.json_files import JsonFiles
 from asyncembed.store.ledger import DONE, FAILED, KEY, Header, Ledger, Row, remove_ledger
 from asyncembed.store.lock import FolderLock
-from asyncembed.store.origin import STRANGE, Origins
+from asyncembed.store.origin import STRANGE
 from asyncembed.store.writer import FolderWriter
 
-_UNTOLD = (
-    "nothing says which is right, so none is removed: move away what does not belong here, and a job with the options "
-    "that made the rest makes the index anew"
-)
 _REBUILD = "asyncembed-store rebuild makes it anew"
 
 
@@ -54,17 +51,14 @@ class FolderCheck:
         self._paths = paths
         self._texts = JsonFiles(paths)
         self._header: Header | None = None
-        self._origins = Origins()
+        self._examples: dict[tuple[int, str | None], str] = {}
+        self._alike: Counter[tuple[int, str | None]] = Counter()
 
     def __repr__(self) -> str:
         return f"<FolderCheck {self._paths.root!r} n_files={self.n_files}>"
 
     def faults(self) -> Iterator[Fault]:
-        """All that is wrong, as it is found.
-
-        Raises:
-            StoreError: The folder cannot be read, or a newer version of this library wrote it.
-        """
+        """All that is wrong, as it is found."""
         with storage_errors(self._paths.root), closing(reading(self._paths)) as ledger:
             self._header = ledger.header()
             listed = DigestSet()
@@ -77,8 +71,6 @@ class FolderCheck:
                 for name in (name for name, there in zip(block, known, strict=True) if not there):
                     self.n_unlisted += 1
                     yield from self._check(name, None)
-            for path, reason in self._origins.strangers(self._texts):
-                yield Fault(path, f"{reason}; {_UNTOLD}")
             yield from self._about_ledger(ledger)
 
     def _about_ledger(self, ledger: Ledger) -> Iterator[Fault]:
@@ -86,6 +78,10 @@ class FolderCheck:
         if self._header is None and self.n_files:
             lost = "is gone or cannot be read, and with it what the texts were made with"
             yield Fault(paths.ledger, f"{lost}; the next run writes it, if it makes the same")
+            ways = [f"{n:,} as {self._examples[way]} ({way[0]} numbers)" for way, n in self._alike.most_common()]
+            if len(ways) > 1:
+                told = "nothing says which are right: move away what does not belong here, and run a job"
+                yield Fault(paths.data, f"its files were made in {len(ways)} ways, {', '.join(ways)}; {told}")
         elif ledger.is_temporary and self.n_files and not is_earlier(paths):
             yield Fault(paths.ledger, f"is gone or cannot be read; {_REBUILD}")
         elif os.path.exists(paths.index) and not is_whole(paths.index):
@@ -116,13 +112,11 @@ class FolderCheck:
         """
         dim = len(stored.embedding)
         told = self._header.fingerprint.get("dim") if self._header is not None else None
-        # 1. damaged by itself   2. another length   3. other options   4. not what the ledger says
-        if not stored.chunks:
-            return Fault(path, "it has no chunks", True)
-        if any(chunk.start < 0 or chunk.n_tokens < 0 for chunk in stored.chunks) or stored.n_tokens < 0:
-            return Fault(path, "a count in it is below 0", True)
+        # 1. nothing says what is right   2. another length   3. other options   4. not what the ledger says
         if told is None:
-            self._origins.add(stored)
+            way = (dim, stored.fingerprint)
+            self._examples.setdefault(way, path)
+            self._alike[way] += 1
         elif dim != told:
             return Fault(path, f"its vector has {dim} numbers, the folder's have {told}", True)
         if self._header is not None and not self._header.covers(stored):
@@ -157,11 +151,7 @@ class Failure:
 
 
 def failures(paths: StorePaths) -> tuple[list[Failure], bool]:
-    """The texts that failed, and that the next run tries again, ids ascending; and whether these are all there were.
-
-    Raises:
-        StoreError: The folder cannot be read.
-    """
+    """The texts that failed, and that the next run tries again, ids ascending; and whether these are all there were."""
     with storage_errors(paths.root), closing(reading(paths)) as ledger:
         found = {row.id: Failure(row.id, row.error or "", ()) for row in ledger.texts() if row.kind == FAILED}
         for key, identity in ledger.owners() if found else ():
@@ -173,12 +163,7 @@ def failures(paths: StorePaths) -> tuple[list[Failure], bool]:
 
 
 def remove_damaged(paths: StorePaths, faults: Iterable[Fault]) -> Iterator[Fault]:
-    """Remove each file, as its fault is found, that the next run had better make anew; ledger and index forget it.
-
-    Raises:
-        StoreLockedError: A job is writing to the folder.
-        StoreError: The folder cannot be read or written.
-    """
+    """Remove each file, as its fault is found, that the next run had better make anew; ledger and index forget it."""
     with closing(FolderWriter(paths)) as writer:
         writer.open(scan=False)
         n_removed = 0
@@ -196,10 +181,6 @@ def rebuild(paths: StorePaths) -> Iterator[Fault]:
     """Make ledger and index anew from the files; keys and failures are kept as far as they can be read.
 
     Files that are damaged or from elsewhere are left where they are, reported, and not listed.
-
-    Raises:
-        StoreLockedError: A job is writing to the folder.
-        StoreError: The folder cannot be used, or nothing says what its texts were made with.
     """
     lock = FolderLock(paths)
     temporary = temporary_of(paths.ledger)

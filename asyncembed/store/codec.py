@@ -14,9 +14,6 @@ def encode_json(value: object) -> bytes:
 
     orjson refuses strings with lone surrogates and whole numbers beyond 64 bits; those are written by `json`, in
     ASCII with escapes.
-
-    Raises:
-        TypeError: Something in `value` has no form in JSON.
     """
     try:
         return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -25,11 +22,7 @@ def encode_json(value: object) -> bytes:
 
 
 def decode_json(data: bytes) -> Any:
-    """The value that `data` encodes.
-
-    Raises:
-        ValueError: It is not JSON.
-    """
+    """The value that `data` encodes."""
     try:
         return orjson.loads(data)
     except ValueError:

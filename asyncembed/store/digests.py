@@ -48,11 +48,7 @@ class DigestSet:
             self.add_many(block)
 
     def add_many(self, ids: Sequence[str]) -> None:
-        """Add ids; those that are there already change nothing.
-
-        Raises:
-            ValueError: One of them is not 64 hex digits.
-        """
+        """Add ids; those that are there already change nothing."""
         if not ids:
             return
         raw = _digests(ids)
@@ -62,11 +58,7 @@ class DigestSet:
             self._settle()
 
     def contains_many(self, ids: Sequence[str]) -> list[bool]:
-        """Whether each id is in the set, in the order given.
-
-        Raises:
-            ValueError: One of them is not 64 hex digits.
-        """
+        """Whether each id is in the set, in the order given."""
         if not ids:
             return []
         raw = _digests(ids)

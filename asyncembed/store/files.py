@@ -45,11 +45,7 @@ class StorePaths:
 
     @classmethod
     def of(cls, save_path: str | os.PathLike[str]) -> StorePaths:
-        """The paths under `save_path`; nothing is touched.
-
-        Raises:
-            StoreError: It is relative to a working directory that was removed.
-        """
+        """The paths under `save_path`; nothing is touched."""
         try:
             return cls(os.path.abspath(os.fspath(save_path)))
         except FileNotFoundError as error:
@@ -113,11 +109,7 @@ def storage_errors(path: str) -> Iterator[None]:
 
 
 def make_folders(paths: StorePaths, *, durable: bool = False) -> None:
-    """Create the folder and the one of its per-text files.
-
-    Raises:
-        StoreError: A file is in the way, or the folder cannot be written to.
-    """
+    """Create the folder and the one of its per-text files."""
     missing = []
     path = paths.data
     while durable and not os.path.isdir(path) and path != os.path.dirname(path):
@@ -138,11 +130,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 def write_whole(path: str, data: bytes, *, temporary: str | None = None) -> None:
-    """Make `path` hold `data`, whole or not at all. It is not flushed to the platter.
-
-    Raises:
-        OSError: The disk does not take it, or a folder is in the way.
-    """
+    """Make `path` hold `data`, whole or not at all. It is not flushed to the platter."""
     temporary = temporary or temporary_of(path)
     try:
         descriptor = os.open(temporary, NEW_FILE, 0o666)
@@ -158,11 +146,7 @@ def write_whole(path: str, data: bytes, *, temporary: str | None = None) -> None
 
 
 def put_in_place(temporary: str, path: str) -> None:
-    """Rename a written file to its own name.
-
-    Raises:
-        OSError: A folder is in the way, and is named; or the disk does not take it.
-    """
+    """Rename a written file to its own name."""
     try:
         os.replace(temporary, path)
     except OSError:
@@ -209,11 +193,7 @@ def remove(path: str) -> None:
 
 
 def flush(descriptor: int) -> None:
-    """Wait until a file's bytes are on the platter, past the drive's own cache.
-
-    Raises:
-        OSError: The disk failed.
-    """
+    """Wait until a file's bytes are on the platter, past the drive's own cache."""
     if sys.platform == "darwin":  # where fsync stops at the drive's cache
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     else:

@@ -36,11 +36,7 @@ _KIND = {status: kind for kind, status in _STATUS.items()}
 
 
 def export(ledger: Ledger, header: Header, path: str, n_done: int, *, with_texts: bool = True) -> None:
-    """Write what the ledger says, ids ascending, in bounded memory; `n_done` of its texts are saved.
-
-    Raises:
-        OSError: It could not be written; what was there is as it was.
-    """
+    """Write what the ledger says, ids ascending, in bounded memory; `n_done` of its texts are saved."""
     fields = {"version": VERSION, "fingerprint": header.fingerprint, "made_with": header.made_with}
     with replacing(path) as file:
         file.write(encode_json(fields)[:-1] + b',"texts":{')
@@ -77,12 +73,7 @@ def _entry(row: Row, keys: list[str]) -> dict[str, Any]:
 
 
 def header_of(paths: StorePaths) -> Header | None:
-    """The header that the index repeats, or a journal of version 1; None if neither has one.
-
-    Raises:
-        StoreError: A newer version of this library wrote it.
-        OSError: It cannot be read.
-    """
+    """The header that the index repeats, or a journal of version 1; None if neither has one."""
     for path, end in ((paths.index, b"}}"), (paths.journal, b"")):
         try:
             with open(path, "rb") as file:
@@ -123,12 +114,7 @@ def is_earlier(paths: StorePaths) -> bool:
 
 
 def take_over(ledger: Ledger, paths: StorePaths) -> None:
-    """Append to a new ledger what index and journal say, as far as they can be read.
-
-    Raises:
-        StoreError: A newer version of this library wrote them.
-        OSError: They cannot be read, or the ledger cannot be written.
-    """
+    """Append to a new ledger what index and journal say, as far as they can be read."""
     header = header_of(paths)
     if header is not None:
         ledger.set_header(header)
@@ -148,12 +134,7 @@ def take_over(ledger: Ledger, paths: StorePaths) -> None:
 
 
 def reading(paths: StorePaths) -> Ledger:
-    """The ledger as it is, or what index and journal say where there is none that can be read.
-
-    Raises:
-        StoreError: A newer version of this library wrote it.
-        OSError: Index or journal cannot be read.
-    """
+    """The ledger as it is, or what index and journal say where there is none that can be read."""
     ledger = Ledger.read(paths.ledger)
     if ledger is None:
         ledger = Ledger.temporary()

@@ -85,18 +85,7 @@ class JsonFiles:
             yield block
 
     def append(self, records: Sequence[EmbeddedText], made_with: str) -> list[int]:
-        """Save a micro-batch.
-
-        Args:
-            records: Texts with vectors.
-            made_with: Digest of what they were made with, which each file carries.
-
-        Returns:
-            The size of each file in bytes.
-
-        Raises:
-            OSError: The disk does not take it, or a folder is in the way of a file.
-        """
+        """Save a micro-batch."""
         if self._durable:
             return self._append_flushed(records, made_with)
         sizes = []
@@ -115,12 +104,7 @@ class JsonFiles:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def read(self, identity: str) -> StoredText:
-        """A text, checked.
-
-        Raises:
-            CorruptRecordError: As `decode_record`; or a folder is in its place.
-            OSError: It cannot be opened or read.
-        """
+        """A text, checked."""
         path = self.place(identity)
         try:
             with open(path, "rb", buffering=0) as file:
@@ -203,12 +187,7 @@ def encode_record(record: EmbeddedText, fingerprint: str | None = None) -> bytes
 
 
 def decode_record(identity: str, data: bytes, path: str) -> StoredText:
-    """The record that a file holds.
-
-    Raises:
-        CorruptRecordError: The file is torn or empty, its text is not the one its name says, a vector is not finite,
-            or the lengths of its vectors disagree.
-    """
+    """The record that a file holds."""
     try:
         fields = decode_json(data)
         text = _text_of(fields)
@@ -222,6 +201,8 @@ def decode_record(identity: str, data: bytes, path: str) -> StoredText:
     except (ValueError, TypeError, KeyError) as error:
         reason = "it is empty" if not data else f"it cannot be read back ({type(error).__name__}: {error})"
         raise _corrupt(path, reason) from error
+    if not chunks:
+        raise _corrupt(path, "it has no chunks")
     if stored.id != identity or text_id(text) != identity:
         raise _corrupt(path, "its text is not the one that its name says")
     return stored
@@ -244,8 +225,8 @@ def _text_of(fields: Mapping[str, Any]) -> str:
 
 
 def _whole(value: object) -> int:
-    if not isinstance(value, int):
-        raise TypeError("a count is no whole number")
+    if not isinstance(value, int) or value < 0:
+        raise TypeError("a count is no whole number from 0 on")
     return value
 
 

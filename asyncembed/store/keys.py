@@ -38,12 +38,7 @@ class Additions:
         return f"<Additions is_first={self._is_first} unsettled={len(self._unsettled)}>"
 
     def rows(self, saved: Iterable[tuple[EmbeddedText, int]], others: Sequence[EmbeddedText]) -> list[Row]:
-        """The rows of a micro-batch.
-
-        Args:
-            saved: Texts that were saved, with the size of each.
-            others: Texts that failed, and texts that were saved before.
-        """
+        """The rows of a micro-batch."""
         rows = []
         for record, size in saved:
             rows.append(Row(DONE, record.id, record.key, record.n_tokens, len(record.chunks), size))

@@ -83,11 +83,7 @@ class Header:
         return stored.fingerprint in (None, self.digest()) and dim == len(stored.embedding)
 
     def compare(self, other: Header, folder: str) -> None:
-        """Refuse another fingerprint, key by key.
-
-        Raises:
-            StoreMismatchError: Names each key that differs, with both values.
-        """
+        """Refuse another fingerprint, key by key."""
         mine, others = self.fingerprint, other.fingerprint
         keys = (*mine, *(key for key in others if key not in mine))
         differing = [key for key in keys if key not in mine or key not in others or mine[key] != others[key]]
@@ -133,13 +129,7 @@ class Ledger:
 
     @classmethod
     def write(cls, path: str, *, durable: bool = False) -> Ledger:
-        """The ledger at a path, made if it is not there. With `durable` a commit is on the platter when it returns.
-
-        Raises:
-            LedgerDamaged: It is no database, or a torn one.
-            StoreError: A newer version of this library wrote it.
-            OSError: The disk does not take it.
-        """
+        """The ledger at a path, made if it is not there. With `durable` a commit is on the platter when it returns."""
         is_new = not os.path.exists(path)
         with _translated(path):
             # The thread that opens it need not be the one that closes it; no two use it at once.
@@ -156,11 +146,7 @@ class Ledger:
 
     @classmethod
     def read(cls, path: str) -> Ledger | None:
-        """The ledger at a path as it is at the moment; None if there is none, or none that can be read.
-
-        Raises:
-            StoreError: A newer version of this library wrote it.
-        """
+        """The ledger at a path as it is at the moment; None if there is none, or none that can be read."""
         if not os.path.exists(path):
             return None
         # A folder that may not be written, or lies on a network: without a log beside it, the file alone is all.
@@ -330,11 +316,7 @@ class Ledger:
         return self._run is not None
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Append rows in transactions of a few thousand.
-
-        Raises:
-            OSError: The disk does not take them; what was appended before stays.
-        """
+        """Append rows in transactions of a few thousand."""
         todo = iter(rows)
         while block := list(islice(todo, _BLOCK)):
             self.begin()
@@ -395,12 +377,7 @@ _ERRORS = {"disk is full": errno.ENOSPC, "readonly": errno.EROFS, "unable to ope
 
 @contextlib.contextmanager
 def _translated(path: str) -> Iterator[None]:
-    """SQLite's errors as what they are: damage, or a disk that refuses.
-
-    Raises:
-        LedgerDamaged: It is no database, or a torn one.
-        OSError: Anything else.
-    """
+    """SQLite's errors as what they are: damage, or a disk that refuses."""
     try:
         yield
     except sqlite3.Error as error:

@@ -46,12 +46,7 @@ class FolderLock:
         return self._lock is not None
 
     def acquire(self) -> None:
-        """Take the lock at once or not at all.
-
-        Raises:
-            StoreLockedError: Another job holds it; the message gives its pid and host.
-            StoreError: The folder cannot be written to or its file system has no locks.
-        """
+        """Take the lock at once or not at all."""
         lock = filelock.FileLock(self._paths.lock, thread_local=False)
         try:
             lock.acquire(blocking=False)
@@ -99,9 +94,6 @@ def check_ours(paths: StorePaths) -> None:
 
     Where nothing else says that the folder is this library's, its per-text files are looked at too. Where something
     does, a ledger, index or text that cannot be read is damaged, and no stranger.
-
-    Raises:
-        StoreError: There is such a file, which is named.
     """
     shapes = {paths.errors: _ERRORS, paths.owner: _OWNER, paths.lock: _LOCK}
     cores = {paths.journal: _JOURNAL, paths.index: _INDEX}

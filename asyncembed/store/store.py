@@ -71,13 +71,7 @@ class Store:
         return len(self._writer.done)
 
     async def open(self, *, scan: bool = True) -> None:
-        """Take the lock, learn what the folder was made with, and find out what is done. On failure all is given back.
-
-        Raises:
-            StoreLockedError: Another job is writing to the folder; the message gives its pid and host.
-            StoreError: The folder cannot be used.
-            ClosedError: The store was opened before; make another.
-        """
+        """Take the lock, learn what the folder was made with and what is done. On failure all is given back."""
         if self._state != "new":
             raise ClosedError(f"this store was opened before ({self._state}); make another")
         self._state = "opening"
@@ -89,21 +83,12 @@ class Store:
         self._state = "open"
 
     async def scan(self) -> None:
-        """Find out what is done, and repair what a killed run left.
-
-        Raises:
-            StoreError: The folder cannot be used.
-        """
+        """Find out what is done, and repair what a killed run left."""
         self._require_open()
         await self._in_thread(self._writer.scan)
 
     async def claim(self, fingerprint: Mapping[str, object], made_with: Mapping[str, object]) -> None:
-        """Compare the folder's fingerprint with this run's, or record it in a new folder.
-
-        Raises:
-            StoreMismatchError: Names each key that differs, with both values.
-            StoreError: The folder cannot be written to.
-        """
+        """Compare the folder's fingerprint with this run's, or record it in a new folder."""
         self._require_open()
         await self._in_thread(self._writer.claim, fingerprint, made_with)
 
@@ -121,11 +106,7 @@ class Store:
         return list(map(Found, ids, self._writer.done.contains_many(ids), self._writer.written(ids)))
 
     async def read_many(self, ids: Sequence[str]) -> list[StoredText | CorruptRecordError]:
-        """The stored texts, each checked; an error in the place of one that is damaged or gone.
-
-        Raises:
-            StoreError: The folder cannot be read.
-        """
+        """The stored texts, each checked; an error in the place of one that is damaged or gone."""
         self._require_open()
         return await self._in_thread(self._writer.read_many, ids)
 
@@ -139,20 +120,13 @@ class Store:
 
         A new text becomes a file and a row of the ledger; one that is cached, or was saved by this run already, at
         most one more key; a failed one a row and a line of `errors.jsonl`.
-
-        Raises:
-            StoreError: The disk or the folder does not take it; what was saved before stays.
         """
         self._require_open()
         # Shielded: cancelled while it waits for the thread, a commit would be withdrawn and its records lost.
         await asyncio.shield(asyncio.ensure_future(self._in_thread(self._writer.commit, records)))
 
     async def reject(self, rows: Sequence[tuple[str | None, Rejected]]) -> None:
-        """Write skipped rows, each with its place (`file.csv:12`), to `errors.jsonl`.
-
-        Raises:
-            StoreError: It cannot be written.
-        """
+        """Write skipped rows, each with its place (`file.csv:12`), to `errors.jsonl`."""
         self._require_open()
         await self._in_thread(self._writer.reject, rows)
 
@@ -160,9 +134,6 @@ class Store:
         """Complete the ledger if anything changed, release the lock and end the thread. Idempotent.
 
         The lock is released whatever happens, also if this call is cancelled: the thread does it by itself.
-
-        Raises:
-            StoreError: It could not be written; the files still hold everything.
         """
         if self._state == "closed":
             return

@@ -63,10 +63,6 @@ class FolderWriter:
 
         With `overwrite`, nothing counts as done; the earlier results are removed when the first text is embedded, so a
         run that comes to nothing destroys nothing.
-
-        Raises:
-            StoreLockedError: Another job writes to the folder.
-            StoreError: The folder cannot be used, or holds a file of another program under a name of ours.
         """
         paths = self.paths
         check_ours(paths)
@@ -90,11 +86,7 @@ class FolderWriter:
             self.scan()
 
     def scan(self) -> None:
-        """Find out what is done, and put in order what a killed run left.
-
-        Raises:
-            StoreError: The folder cannot be used.
-        """
+        """Find out what is done, and put in order what a killed run left."""
         if self._wipe:
             return
         with storage_errors(self.paths.root):
@@ -108,10 +100,6 @@ class FolderWriter:
         """Compare the folder's fingerprint with this run's, or record it in a new folder.
 
         A folder in which no text is stored takes any fingerprint.
-
-        Raises:
-            StoreMismatchError: The folder's vectors were made with other weights or options.
-            StoreError: The folder cannot be written to.
         """
         ours = Header.of(fingerprint, made_with)
         with storage_errors(self.paths.root):
@@ -149,11 +137,7 @@ class FolderWriter:
         return found
 
     def commit(self, records: Sequence[EmbeddedText]) -> None:
-        """Save a micro-batch: each file whole, then their rows in one transaction.
-
-        Raises:
-            StoreError: The disk or folder does not take it; what was saved before stays.
-        """
+        """Save a micro-batch: each file whole, then their rows in one transaction."""
         if not self._claimed:
             raise AssertionError("records are committed before the folder was claimed: this is a bug")
         try:
@@ -171,11 +155,7 @@ class FolderWriter:
             raise
 
     def reject(self, rows: Sequence[tuple[str | None, Rejected]]) -> None:
-        """Write skipped rows, each with its place, to `errors.jsonl`.
-
-        Raises:
-            StoreError: It cannot be written.
-        """
+        """Write skipped rows, each with its place, to `errors.jsonl`."""
         lines = [
             encode_json({"place": place, "key": row.key, "reason": row.reason, "content": row.content}) + b"\n"
             for place, row in rows
@@ -185,11 +165,7 @@ class FolderWriter:
                 append_lines(self.paths.errors, lines)
 
     def close(self, complete: bool = True) -> None:
-        """Complete ledger and index if anything changed, and release the lock whatever happens. Idempotent.
-
-        Raises:
-            StoreError: They could not be written; the files still hold everything.
-        """
+        """Complete ledger and index if anything changed, and release the lock whatever happens. Idempotent."""
         if not self._lock.held:
             return
         is_ended = False
@@ -231,11 +207,7 @@ class FolderWriter:
             self._export()  # from here on earlier versions refuse the folder
 
     def _repair(self, ledger: Ledger) -> DigestSet:
-        """Bring the ledger in line with the files, which are the truth; the texts that have a whole file.
-
-        Raises:
-            StoreMismatchError: A file that was put into the folder was made with other weights or options.
-        """
+        """Bring the ledger in line with the files, which are the truth; the texts that have a whole file."""
         self._remove_torn(ledger)
         recorded, done = DigestSet(ledger.done()), DigestSet()
         n_found = 0

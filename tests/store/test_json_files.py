@@ -20,7 +20,7 @@ from .making import record
 
 _texts = st.text(st.characters(codec="utf-8"), max_size=40) | st.just("lone \ud800 one")
 _vectors = hnp.arrays(np.float32, 3, elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
-_chunks = st.lists(st.tuples(_texts, st.integers(0, 10**6), st.integers(0, 512), _vectors), max_size=3)
+_chunks = st.lists(st.tuples(_texts, st.integers(0, 10**6), st.integers(0, 512), _vectors), min_size=1, max_size=3)
 
 
 @given(text=_texts, vector=_vectors, chunks=_chunks, n_tokens=st.integers(0, 10**9))
@@ -44,7 +44,9 @@ def test_encode_record_random_floats_round_trip_bit_by_bit() -> None:
     vector = bits.view(np.float32)
     vector = vector[np.isfinite(vector)]
     for text in ("plain", "lone \ud800"):
-        data = encode_record(EmbeddedText(text_id(text), 0, None, text, vector, (), 1))
+        data = encode_record(
+            EmbeddedText(text_id(text), 0, None, text, vector, (EmbeddedChunk(text, 0, 1, vector),), 1)
+        )
         assert decode_record(text_id(text), data, "x").embedding.tobytes() == vector.tobytes()
 
 
@@ -56,7 +58,11 @@ def test_encode_record_of_one_chunk_stores_vector_and_text_once() -> None:
 
 def test_encode_record_view_with_strides_is_stored() -> None:
     vector = np.arange(8, dtype=np.float32)[::2]
-    stored = decode_record(text_id("a"), encode_record(EmbeddedText(text_id("a"), 0, None, "a", vector)), "x")
+    stored = decode_record(
+        text_id("a"),
+        encode_record(EmbeddedText(text_id("a"), 0, None, "a", vector, (EmbeddedChunk("a", 0, 1, vector),))),
+        "x",
+    )
     assert stored.embedding.tolist() == [0, 2, 4, 6]
 
 
@@ -86,6 +92,8 @@ def test_decode_record_cut_at_any_byte_is_corrupt() -> None:
         {"chunks": [{"text": "h", "start": 0, "n_tokens": 1, "embedding": [1.0]}] * 2},
         {"chunks": [{"text": "h", "start": 0, "n_tokens": 1}] * 2},
         {"chunks": None},
+        {"chunks": []},
+        {"n_tokens": -1},
         {"n_tokens": "3"},
         {"text": 5},
         {"text_parts": [5]},
