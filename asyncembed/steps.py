@@ -87,11 +87,7 @@ class PipelineSteps:
         return len(self._open)
 
     def fill(self, iterator: Iterator[Any]) -> int:
-        """Takes items while there is room for them: how many; 0 if there is no room, or none is left.
-
-        Raises:
-            Exception: What the iterator raised; the items before it are taken.
-        """
+        """Takes items while there is room for them: how many; 0 if there is no room, or none is left."""
         n_before, has_ended, is_full = self._n_taken, False, False
         while self._has_room() and not (has_ended or is_full):
             group: list[Entry] = []
@@ -113,12 +109,7 @@ class PipelineSteps:
         return list(self._in_hand)
 
     def embed(self, chunks: Sequence[Chunk]) -> FloatMatrix:
-        """Their vectors, shape `(len(chunks), dim)` float32; they are recorded.
-
-        Raises:
-            ModelOutOfMemoryError: They do not fit into memory together.
-            Exception: What the model raised: one of the texts may be at fault.
-        """
+        """Their vectors, shape `(len(chunks), dim)` float32; they are recorded."""
         if not chunks:
             return np.empty((0, self._dim), np.float32)
         batch = Batch(tuple(chunks))
@@ -137,11 +128,7 @@ class PipelineSteps:
         raise ModelOutOfMemoryError(f"there is no memory for {plural(len(chunks), 'chunk')} at once: {message}")
 
     def succeed(self, chunks: Sequence[Chunk], vectors: Any = None) -> None:
-        """The limit learns that they ran. Vectors made elsewhere, shape `(len(chunks), dim)`, are recorded.
-
-        Raises:
-            OptionsError: They are not the vectors of these chunks, or there are none yet.
-        """
+        """The limit learns that they ran. Vectors made elsewhere, shape `(len(chunks), dim)`, are recorded."""
         if not chunks:
             return
         last, recorded, seconds = self._last
@@ -162,9 +149,6 @@ class PipelineSteps:
         """They could not be embedded: they wait to be tried again in halves; one alone fails its text.
 
         Out of memory, or no error, lowers the limit; anything else does not.
-
-        Raises:
-            ModelError: The error says that the device is dead, or the model fails on all that it is given.
         """
         if not chunks:
             return
@@ -206,11 +190,7 @@ class PipelineSteps:
         return removed
 
     def load(self) -> dict[str, list[float] | None]:
-        """Every text given so far with its vector, read back from the folder; None where there is none.
-
-        Raises:
-            CorruptRecordError: A file was damaged since it was written.
-        """
+        """Every text given so far with its vector, read back from the folder; None where there is none."""
         found: dict[str, list[float] | None] = {}
         for identity, text in self._given.items():
             vector = self._done.get(identity)

@@ -126,9 +126,6 @@ class EngineClient(Client):
         """Hands texts over; waits while the window of chunks is full.
 
         Cancelled while waiting, none of them was taken.
-
-        Raises:
-            ClosedError: The client has ended; why is told by `run`.
         """
         while not self._closed and (self._intake or self._is_full()):
             self._room.clear()
@@ -136,11 +133,7 @@ class EngineClient(Client):
         self.submit_nowait(works)
 
     def submit_nowait(self, works: Iterable[Work]) -> None:
-        """Hands texts over, however many wait.
-
-        Raises:
-            ClosedError: The client has ended; why is told by `run`.
-        """
+        """Hands texts over, however many wait."""
         if self._closed:
             raise ClosedError("the engine takes no more texts: it has ended")
         for work in works:
@@ -222,11 +215,7 @@ class EngineClient(Client):
         self._wake()
 
     async def run(self) -> None:
-        """Chunks what comes until closed and done, or stopped.
-
-        Raises:
-            Exception: What `fail` was given: the engine has ended.
-        """
+        """Chunks what comes until closed and done, or stopped."""
         try:
             async with anyio.create_task_group() as group:
                 if self._chunk_long is not None:

@@ -31,11 +31,7 @@ class Dispatcher:
         return f"<Dispatcher {self.scheduler!r} {self.encoders!r}>"
 
     async def run(self) -> None:
-        """Embeds what is pushed until closed and done.
-
-        Raises:
-            ModelError: The model or its device cannot go on.
-        """
+        """Embeds what is pushed until closed and done."""
         try:
             if len(self.encoders) == 1:
                 await self._drive(self.encoders[0])

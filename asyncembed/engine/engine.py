@@ -94,11 +94,7 @@ class Engine:
         return client
 
     async def run(self) -> None:
-        """Embeds what is pushed until closed and done.
-
-        Raises:
-            ModelError: The model or its device cannot go on.
-        """
+        """Embeds what is pushed until closed and done."""
         await self._dispatcher.run()
 
     def close(self) -> None:
@@ -122,9 +118,5 @@ class EngineHost(Protocol):
         ...
 
     async def engine(self) -> Engine:
-        """The engine, when the model is loaded.
-
-        Raises:
-            ClosedError: It has ended, or was never opened.
-        """
+        """The engine, when the model is loaded."""
         ...

@@ -99,11 +99,7 @@ class EncoderState:
         return is_probe
 
     def failed_alone(self, error: BaseException | None) -> None:
-        """Counts a chunk that failed alone: bad texts may come in a row, and a chunk that passed before tells.
-
-        Raises:
-            ModelError: So many failed, and none ever passed.
-        """
+        """Counts a chunk that failed alone: bad texts may come in a row, and a chunk that passed before tells."""
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= BROKEN_AFTER and self.probe is None:
             if self._passed is None:
@@ -178,11 +174,7 @@ class Scheduler:
         return self._without_waiting(add_vectors(batch.chunks, vectors))
 
     def failed(self, encoder: EncoderState, batch: Batch, kind: FailureKind, error: BaseException | None) -> list[Work]:
-        """Learns that a batch failed; its chunks are tried again, but for one that is given up: its text, failed.
-
-        Raises:
-            ModelError: The device is dead, or the model fails on every chunk it is given.
-        """
+        """Learns that a batch failed; its chunks are tried again, but for one that is given up: its text, failed."""
         # 1. The device is dead: stop. 2. A probe: the model is broken. 3. Out of memory: a lower limit, and the batch
         # in parts. 4. Anything else may be one text's fault: find it by halving.
         if isinstance(error, ModelError) and kind is not FailureKind.OUT_OF_MEMORY:

@@ -114,9 +114,6 @@ def cut_between_tokens(tokenizer: Tokenizer, part: str, n_tokens: int, chunk_siz
     """Spans of `part`, which has `n_tokens` and is too long, each of `chunk_size` tokens as tokenised in place.
 
     Cut out of its place a piece may have some tokens more: it is cut again then, in halves.
-
-    Raises:
-        UnembeddableError: It is a single character.
     """
     if len(part) < 2:
         raise UnembeddableError(f"one character has {n_tokens} tokens; a chunk takes {chunk_size}")

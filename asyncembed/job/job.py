@@ -98,11 +98,7 @@ class Results:
             yield self._waiting.popleft()
 
     async def wait(self) -> bool:
-        """Waits for more; False when there are none. Gives the loop a turn in any case.
-
-        Raises:
-            ClosedError: They were discarded.
-        """
+        """Waits for more; False when there are none. Gives the loop a turn in any case."""
         await anyio.lowlevel.checkpoint()
         while not self._waiting:
             if self._discarded:
@@ -222,13 +218,7 @@ class Job:
         return summary
 
     async def run(self) -> None:
-        """Does the whole job.
-
-        Raises:
-            StoreError: The folder is locked, of another model, or cannot be written.
-            ModelError: The model cannot be loaded or cannot go on.
-            Exception: What the source raised, unchanged, after all texts before it were delivered.
-        """
+        """Does the whole job."""
         try:
             async with self._feed:
                 await self._run_with_store()
@@ -408,12 +398,7 @@ class Job:
     # --- saving and delivering ----------------------------------------------------------------------------------
 
     async def _deliver(self, client: EngineClient) -> None:
-        """Saves what is finished in micro-batches, counts it, puts it in order and hands it over, to the end.
-
-        Raises:
-            StoreError: The disk does not take it.
-            TextsFailedError: A text failed and `on_error` is `raise`.
-        """
+        """Saves what is finished in micro-batches, counts it, puts it in order and hands it over, to the end."""
         while entries := await client.finished():
             self._unsaved.extend(entries)
             while self._unsaved:

@@ -28,12 +28,7 @@ from asyncembed.store.reader import read_header
 
 
 def recorded_in(folder: Path | None) -> Mapping[str, Any]:
-    """The fingerprint of a folder, made if it is not there; nothing if none is recorded. Reads little, keeps no lock.
-
-    Raises:
-        StoreLockedError: Another job writes to it.
-        StoreError: It cannot be used.
-    """
+    """The fingerprint of a folder, made if it is not there; nothing if none is recorded. Keeps no lock."""
     if folder is None:
         return {}
     paths = StorePaths.of(folder)
@@ -57,10 +52,6 @@ def encoder_for(options: EmbedOptions, loaded: Encoder | None, recorded: Mapping
     """The model for a folder: the one that is loaded already, unless the folder records another precision.
 
     That is taken over where the user left it open; a live model has its own, and keeps it.
-
-    Raises:
-        OptionsError: An option does not go with the model.
-        ModelError: It cannot be loaded.
     """
     wanted = recorded.get("dtype")
     is_open = isinstance(options.model, (str, os.PathLike)) and options.dtype == "auto"
@@ -72,12 +63,7 @@ def encoder_for(options: EmbedOptions, loaded: Encoder | None, recorded: Mapping
 def load_all(
     options: EmbedOptions, splitter: TextSplitter | None, recorded: Mapping[str, Any], loaded: Encoder | None = None
 ) -> tuple[Encoder, Chunker, dict[str, Any]]:
-    """The model, its chunker and their fingerprint (empty if nothing is saved). Blocking, takes seconds.
-
-    Raises:
-        OptionsError: An option does not go with the model.
-        ModelError: The model cannot be loaded.
-    """
+    """The model, its chunker and their fingerprint (empty if nothing is saved). Blocking, takes seconds."""
     if loaded is not None:
         check_dim(loaded, options)
     encoder = loaded if loaded is not None else load_encoder(options, dtype=recorded.get("dtype"))
@@ -94,11 +80,7 @@ def load_chunker(
     splitter: TextSplitter | None = None,
     recorded: Mapping[str, Any] | None = None,
 ) -> Chunker:
-    """A chunker for the model, with a tokenizer of its own.
-
-    Raises:
-        OptionsError: The prompt, the task or `chunk_size` does not go with the model.
-    """
+    """A chunker for the model, with a tokenizer of its own."""
     instruction = instruction_of(encoder, options)
     tokenizer, max_tokens = input_of(encoder, instruction.task)
 

@@ -134,11 +134,7 @@ def _row_of(tokenizer: Tokenizer, instruction: Instruction, n_prompt: int, chunk
 
 
 def check_folder(folder: str, encoder: Encoder, instruction: Instruction, texts: Iterable[StoredText]) -> None:
-    """Refuse to go on with a folder whose vectors are not the model's, judging by the first chunk of a few texts.
-
-    Raises:
-        StoreMismatchError: One of them is another.
-    """
+    """Refuse to go on with a folder whose vectors are not the model's, judging by the first chunk of a few texts."""
     heads = (replace(stored, chunks=stored.chunks[:1]) for stored in texts)
     small = (stored for stored in heads if all(chunk.n_tokens <= LARGEST_LOOKED_AT for chunk in stored.chunks))
     try:
