@@ -15,6 +15,7 @@ import anyio
 
 from asyncembed import AsyncEmbedder, ClosedError, embed_stream, open_embeddings
 from asyncembed.engine.chunking import Chunker
+from asyncembed.engine.client import EngineClient
 from asyncembed.engine.engine import Engine
 from asyncembed.engine.limits import TokenLimitEstimator
 from asyncembed.engine.model_thread import EncoderThread
@@ -147,7 +148,7 @@ async def engine_alone(folder: Path, kept: list[Any]) -> None:
     worker = WorkerThread("asyncembed-model")
     chunker = Chunker(encoder.tokenizer(), encoder.max_tokens)
     engine = Engine(EncoderThread(encoder, TokenLimitEstimator(64), thread=worker))
-    client = engine.open_client(chunker.chunk)
+    client = EngineClient(engine, chunker.chunk)
 
     async def run_engine() -> None:
         try:

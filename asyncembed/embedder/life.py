@@ -214,7 +214,8 @@ class EmbedderLife:
                 memory=limits,
             )
         )
-        self._client = self._engine.open_client(
+        self._client = EngineClient(
+            self._engine,
             chunkers,
             chunk_long=LongTextChunkers(limits.encoder, options),
             normalize=options.normalize_embeddings,

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 
 from asyncembed.engine.chunking import chunk_backing_off
-from asyncembed.engine.dispatch import Dispatcher
+from asyncembed.engine.engine import Engine
 from asyncembed.engine.scheduler import EncoderState
 from asyncembed.engine.work import Client, Work
 from asyncembed.errors import ClosedError
@@ -79,14 +79,22 @@ class Intake:
 
 
 class EngineClient(Client):
-    """One user's way into the engine, opened by `Engine.open_client`; `run` works until it is closed and done.
+    """One user's way into the engine; `run` works until it is closed and done.
 
     Finished texts come out as their waiters, from `finished`.
+
+    Args:
+        engine: Where its texts are embedded.
+        chunk: Cuts texts into chunks, in a thread of the client's own.
+        chunk_long: The same for long texts, in another thread; None leaves them to `chunk`.
+        normalize: Scale vectors to length 1.
+        truncate_dim: Keep only the first dimensions.
+        max_unsaved: Computed texts that may wait to be saved before no more are computed.
     """
 
     def __init__(
         self,
-        dispatcher: Dispatcher,
+        engine: Engine,
         chunk: ChunkTexts,
         *,
         chunk_long: ChunkTexts | None = None,
@@ -98,7 +106,7 @@ class EngineClient(Client):
         self.dropped_tokens = 0
         self.truncated_texts = 0
         self.unknown_tokens = 0
-        self._dispatcher = dispatcher
+        self._engine = engine
         self._chunk = chunk
         self._chunk_long = chunk_long
         self._max_unsaved = max_unsaved
@@ -113,6 +121,7 @@ class EngineClient(Client):
         self._room, self._has_done = asyncio.Event(), asyncio.Event()
         self._error: Exception | None = None
         self._closed = self._ended = False
+        engine.add(self)
 
     def __repr__(self) -> str:
         state = " stopped" if self.is_stopped else " closed" if self._closed else ""
@@ -170,7 +179,7 @@ class EngineClient(Client):
 
     def hasten(self, work: Work) -> None:
         """Puts a text's chunks into the next batch."""
-        self._dispatcher.hasten(work)
+        self._engine.hasten(work)
 
     def close(self) -> None:
         """No more texts will come: `run` ends when all are finished. Idempotent."""
@@ -182,7 +191,7 @@ class EngineClient(Client):
         self._closed = True
         self._intake.clear()
         self._long_intake.clear()
-        self._dispatcher.stop(self)
+        self._engine.stop(self)
         self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -199,7 +208,7 @@ class EngineClient(Client):
             work.priority = priority
             intake.add(work)
         else:
-            self._dispatcher.reprioritise(work, priority)
+            self._engine.reprioritise(work, priority)
 
     def discard(self, works: Sequence[Work]) -> None:
         """Nobody waits for these texts any more: drops them wherever they are, before they cost anything."""
@@ -211,7 +220,7 @@ class EngineClient(Client):
                 if not self._intake_of(work).remove(work):
                     chunked.append(work)
         if chunked:  # once for all: each time costs a pass over the window
-            self._dispatcher.drop(chunked)
+            self._engine.drop(chunked)
         self._wake()
 
     async def run(self) -> None:
@@ -228,7 +237,7 @@ class EngineClient(Client):
             self._closed = True
             self._intake.clear()
             self._long_intake.clear()
-            self._dispatcher.stop(self)
+            self._engine.stop(self)
             self._open.clear()
             self._ended = True
             self._wake()
@@ -306,7 +315,7 @@ class EngineClient(Client):
             self.truncated_texts += work.dropped_tokens > 0
             work.expect()
             ready.append(work)
-        self._dispatcher.push(ready)
+        self._engine.push(ready)
         self.settled(failed)
 
     def _intake_of(self, work: Work) -> Intake:
@@ -315,17 +324,17 @@ class EngineClient(Client):
 
     def _is_over(self) -> bool:
         if self.is_stopped:
-            return not self._dispatcher.holds(self)
+            return not self._engine.holds(self)
         return self._closed and not self._open
 
     def _is_full(self) -> bool:
-        return is_window_full(self, self._dispatcher.encoders[0].state)
+        return is_window_full(self, self._engine.encoders[0].state)
 
     def _update_held(self) -> None:
         was_held = self.is_held
         self.is_held = self._max_unsaved is not None and self._n_taken + self._n_computed >= self._max_unsaved
         if was_held and not self.is_held:
-            self._dispatcher.wake()
+            self._engine.wake()
 
     def _wake(self) -> None:
         for event in (self._changed, self._room, self._has_done):

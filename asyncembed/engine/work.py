@@ -50,6 +50,9 @@ class Client:
     def settled(self, done: Iterable[Work]) -> None:
         """A batch with chunks of this client has ended, and these texts are finished."""
 
+    def fail(self, error: Exception) -> None:
+        """The engine has ended with an error."""
+
 
 @dataclass(slots=True, eq=False)
 class Work:

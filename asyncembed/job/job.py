@@ -303,7 +303,8 @@ class Job:
         options = self._options
         self._engine = engine
         self._before = replace(engine.statistics().encoders)
-        self._client = client = engine.open_client(
+        self._client = client = EngineClient(
+            engine,
             chunker.chunk,
             normalize=options.normalize_embeddings,
             truncate_dim=options.truncate_dim,

@@ -564,7 +564,7 @@ async def test_aclose_cancelled_while_it_drains_answers_everyone_also_from_the_b
     await until(lambda: embedder.statistics().pending_requests == 4)
     closing = start(embedder.aclose())
     await until(lambda: embedder.statistics().state == "closing")
-    dispatcher: Any = client._dispatcher
+    dispatcher: Any = client._engine
     encoder = dispatcher.encoders[0]
     batch = encoder._submitted[0].batch
     stop = client.stop

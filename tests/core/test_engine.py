@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.encoders.failures import FailureKind
-from asyncembed.engine.dispatch import Dispatcher
+from asyncembed.engine.engine import Engine
 from asyncembed.engine.limits import TokenLimitEstimator
 from asyncembed.engine.model_thread import EncoderThread, ModelRunner
 from asyncembed.engine.scheduler import BROKEN_AFTER, BULK, LimitEstimator
@@ -29,7 +29,7 @@ from .fakes import FakeEncoder, chunks, owner_of, owners, vector_of, work, works
 
 
 class Bench(Client):
-    """A client of a dispatcher with one encoder, and what came out of it."""
+    """A client of a engine with one encoder, and what came out of it."""
 
     def __init__(
         self, encoder: FakeEncoder, estimator: LimitEstimator | None = None, max_rows: int | None = None
@@ -39,7 +39,7 @@ class Bench(Client):
         self.estimator = estimator if estimator is not None else TokenLimitEstimator(100)
         self.worker = WorkerThread("core-model")
         self.thread = EncoderThread(encoder, self.estimator, thread=self.worker, max_rows=max_rows)
-        self.dispatcher = Dispatcher([self.thread])
+        self.engine = Engine(self.thread)
         self.embedded: list[int] = []
         self.failed: dict[int, str] = {}
         self._changed = asyncio.Event()
@@ -67,14 +67,14 @@ class Bench(Client):
         pushed = list(items)
         for item in pushed:
             item.client, item.priority = self, item.priority + BULK
-        self.dispatcher.push(pushed)
+        self.engine.push(pushed)
 
     async def run(self, items: Iterable[Work]) -> None:
         """Puts texts in and embeds them all."""
         self.push(items)
-        self.dispatcher.close()
+        self.engine.close()
         try:
-            await self.dispatcher.run()
+            await self.engine.run()
         finally:
             await self.worker.aclose()
 
@@ -144,13 +144,13 @@ async def test_run_max_rows_is_kept() -> None:
 @pytest.mark.parametrize("slots", [1, 2])
 async def test_run_chunks_that_come_late_wake_it(slots: int) -> None:
     bench, items = Bench(FakeEncoder(slots=slots)), works([10] * 6)
-    running = asyncio.ensure_future(bench.dispatcher.run())
+    running = asyncio.ensure_future(bench.engine.run())
     for item in items:
         bench.push([item])
         # Even with a slot left, what has begun is finished when nothing more comes.
         await bench.until(lambda wanted=int(str(item.text)): wanted in bench.embedded)
     assert not running.done()
-    bench.dispatcher.close()
+    bench.engine.close()
     await running
     await bench.worker.aclose()
     bench.check_all_once(items)
@@ -253,9 +253,9 @@ async def test_run_poison_while_more_keeps_arriving_is_isolated_by_halving(slots
         FakeEncoder(slots=slots, error_of=fails_on(poison), on_start=on_start), TokenLimitEstimator(10 * rows)
     )
     bench.push(items)
-    running = asyncio.ensure_future(bench.dispatcher.run())
+    running = asyncio.ensure_future(bench.engine.run())
     await bench.until(lambda: poison in bench.failed)
-    bench.dispatcher.close()
+    bench.engine.close()
     await running
     await bench.worker.aclose()
     bench.check_all_once(items, failed=[poison])
@@ -395,7 +395,7 @@ async def test_run_cancelled_calls_of_the_model_stay_in_one_thread_and_never_ove
     encoder = FakeEncoder(slots=slots, on_start=step)
     first = Bench(encoder, TokenLimitEstimator(10))
     first.push(works([10] * 20))
-    running = asyncio.ensure_future(first.dispatcher.run())
+    running = asyncio.ensure_future(first.engine.run())
     await step.begun()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -404,11 +404,11 @@ async def test_run_cancelled_calls_of_the_model_stay_in_one_thread_and_never_ove
     spare, second.worker = second.worker, first.worker
     await spare.aclose()
     second.thread = EncoderThread(encoder, second.estimator, thread=first.worker)
-    second.dispatcher = Dispatcher([second.thread])
+    second.engine = Engine(second.thread)
     second.push(items)
-    second.dispatcher.close()
+    second.engine.close()
     step.let_go(1000)
-    await second.dispatcher.run()  # an overlap would have failed in the model, as a failed chunk
+    await second.engine.run()  # an overlap would have failed in the model, as a failed chunk
     await first.worker.aclose()
     second.check_all_once(items)
 
@@ -417,7 +417,7 @@ async def test_run_cancelled_batch_in_hand_runs_to_its_end_and_what_waits_is_dro
     step = Step()
     bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(10))
     bench.push(works([10] * 20))
-    running = asyncio.ensure_future(bench.dispatcher.run())
+    running = asyncio.ensure_future(bench.engine.run())
     await step.begun()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -435,10 +435,10 @@ async def test_stop_only_what_has_begun_is_finished(slots: int) -> None:
     step = Step()
     bench = Bench(FakeEncoder(slots=slots, on_start=step), TokenLimitEstimator(10))
     bench.push(works([10] * 20))
-    running = asyncio.ensure_future(bench.dispatcher.run())
+    running = asyncio.ensure_future(bench.engine.run())
     first = await step.begun()
-    bench.dispatcher.stop(bench)
-    bench.dispatcher.close()
+    bench.engine.stop(bench)
+    bench.engine.close()
     step.let_go(1000)
     await running
     await bench.worker.aclose()
@@ -451,10 +451,10 @@ async def test_notify_ready_batch_with_room_is_chosen_anew() -> None:
     bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(40))
     bench.push(works([10] * 4))
     bench.push([work(20, owner=50, priority=1)])
-    running = asyncio.ensure_future(bench.dispatcher.run())
+    running = asyncio.ensure_future(bench.engine.run())
     assert owners(await step.begun()) == {0, 1, 2, 3}
     bench.push([work(20, owner=60, priority=0)])  # urgent, while the later one stands ready alone
-    bench.dispatcher.close()
+    bench.engine.close()
     step.let_go(1000)
     await running
     await bench.worker.aclose()
@@ -467,10 +467,10 @@ async def test_notify_full_ready_batch_stays_but_for_what_is_more_urgent(arrivin
     bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(40))
     bench.push(works([10] * 4))
     bench.push([work(20, owner=50 + number, priority=1) for number in range(2)])
-    running = asyncio.ensure_future(bench.dispatcher.run())
+    running = asyncio.ensure_future(bench.engine.run())
     await step.begun()
     bench.push([work(21 if arriving else 19, owner=60, priority=arriving)])
-    bench.dispatcher.close()
+    bench.engine.close()
     step.let_go(1000)
     await running
     await bench.worker.aclose()
@@ -481,10 +481,10 @@ async def test_notify_rows_at_their_cap_make_a_batch_full() -> None:
     step = Step()
     bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(1000), max_rows=2)
     bench.push(works([10] * 4))
-    running = asyncio.ensure_future(bench.dispatcher.run())
+    running = asyncio.ensure_future(bench.engine.run())
     first = await step.begun()
     bench.push([work(10, owner=60)])
-    bench.dispatcher.close()
+    bench.engine.close()
     step.let_go(1000)
     await running
     await bench.worker.aclose()
@@ -580,7 +580,7 @@ def test_run_several_encoders_share_the_work_and_what_is_tried_again(
             EncoderThread(encoder, TokenLimitEstimator(200), thread=thread)
             for encoder, thread in zip(encoders, threads, strict=True)
         ]
-        bench.dispatcher = Dispatcher(encoder_threads)
+        bench.engine = Engine(*encoder_threads)
         await bench.run(items)
         for thread in threads:
             await thread.aclose()
