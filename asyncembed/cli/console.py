@@ -15,7 +15,7 @@ from types import TracebackType
 
 import click
 
-from asyncembed.cli.progress import Display, Silent, make_display
+from asyncembed.cli.progress import Display
 from asyncembed.errors import AsyncEmbedError, OptionsError, SourceError, StoreError, TextsFailedError, TextTypeError
 
 if sys.version_info < (3, 11):
@@ -80,11 +80,7 @@ def mend_streams() -> None:
 
 @contextmanager
 def writing_out() -> Iterator[None]:
-    """Around what writes to standard output; a reader that has gone away is no error of ours.
-
-    Raises:
-        StoreError: It takes nothing, as on a full disk.
-    """
+    """Around what writes to standard output; a reader that has gone away is no error of ours."""
     try:
         yield
     except OSError as error:
@@ -111,7 +107,7 @@ class Console:
         self.program = program
         self.quiet = quiet
         self.verbose = verbose
-        self.display: Display = Silent() if quiet else make_display(sys.stderr)
+        self.display = Display(None if quiet else sys.stderr, quiet=quiet)
         self._log = _LogHandler(self)
         self._level = logging.NOTSET
 
@@ -192,10 +188,6 @@ def describe(error: BaseException, verbose: bool) -> str:
 
 
 def print_out(text: str) -> None:
-    """Write to standard output.
-
-    Raises:
-        StoreError: It takes nothing.
-    """
+    """Write to standard output."""
     with writing_out():
         print(text, flush=True)  # noqa: T201  # the program's output

@@ -38,12 +38,7 @@ EXAMPLES = (
 
 
 def parse(arguments: Sequence[str]) -> Request | int:
-    """The request; or an exit code if nothing is left to do, as after `--help`.
-
-    Raises:
-        click.ClickException: The arguments cannot be understood.
-        OptionsError: Two of them do not go together.
-    """
+    """The request; or an exit code if nothing is left to do, as after `--help`."""
     parsed: Request | int = command.main(list(arguments), prog_name=PROGRAM_NAME, standalone_mode=False)
     return parsed
 
@@ -194,11 +189,7 @@ def _perform(request: Request, console: Console, signals: Signals) -> int:
 
 
 def _check_input(name: str, paths: StorePaths) -> None:
-    """Refuse an input that the run would replace or remove.
-
-    Raises:
-        OptionsError: It is one of the folder's own files.
-    """
+    """Refuse an input that the run would replace or remove."""
     if os.path.realpath(name) in map(os.path.realpath, (paths.errors, paths.index, paths.ledger)):
         raise OptionsError(
             f"{name} belongs to {paths.root}, and the run would replace it; copy it, or choose another folder"

@@ -7,7 +7,7 @@ import os
 
 from asyncembed.cli.console import Console, Exit
 from asyncembed.cli.options import Request
-from asyncembed.cli.progress import Ticker
+from asyncembed.cli.progress import TICK_S
 from asyncembed.cli.report import advice, is_complete, summary_lines
 from asyncembed.cli.signals import CTRL_C, Signals, leave
 from asyncembed.errors import ClosedError
@@ -32,15 +32,12 @@ class Run:
         self._is_loaded = False
         self._abandoning: asyncio.Task[None] | None = None
         self._has_results = False
+        self._ticking: asyncio.TimerHandle | None = None
         parts = JobParts(want_results=False, on_loaded=self._loaded, on_progress=self._results)
         self._stream = EmbedStream(texts, request.options, parts)
 
     def execute(self) -> int:
-        """Run to the end, report, and return the exit code.
-
-        Raises:
-            AsyncEmbedError: The run could not go on; what was finished is saved and reported as JSON if asked for.
-        """
+        """Run to the end, report, and return the exit code."""
         try:
             summary = asyncio.run(self._run())
         except Exception as error:
@@ -58,8 +55,8 @@ class Run:
         try:
             with self._signals.stopping(loop, self._stop):
                 self._console.display.loading(f"the model {self._request.options.model}")
-                with Ticker(self._show_progress):
-                    return await self._stream.run()
+                self._tick()
+                return await self._stream.run()
         except (asyncio.CancelledError, ClosedError):
             if self._abandoning is None:
                 raise
@@ -67,7 +64,14 @@ class Run:
             summary.stopped = True
             return summary
         finally:
+            if self._ticking is not None:
+                self._ticking.cancel()
             self._console.display.close()
+
+    def _tick(self) -> None:
+        """By the clock, not by results: it costs the same however fast those come, and moves on while none come."""
+        self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        self._show_progress()
 
     def _loaded(self) -> None:
         self._is_loaded = True

@@ -53,13 +53,7 @@ class Recomputation:
         return f"<Recomputation {self._paths.root!r} n_texts={self.n_texts}>"
 
     def faults(self) -> Iterator[Fault]:
-        """The files of the sample whose vectors are not what the model gives.
-
-        Raises:
-            StoreError: Nothing says what the texts were made with.
-            StoreMismatchError: The model is another than the folder's.
-            ModelError: It cannot be loaded.
-        """
+        """The files of the sample whose vectors are not what the model gives."""
         from asyncembed.encoders import Instruction, load_encoder
         from asyncembed.job.loading import load_chunker, run_fingerprint
         from asyncembed.job.lookup import MIN_COSINE, MIN_COSINE_ROUGH, disagreements
@@ -235,11 +229,7 @@ def rebuild(folder: str) -> int:
 
 
 def _paths(folder: str) -> StorePaths:
-    """The paths of a folder that is one of embeddings.
-
-    Raises:
-        StoreError: It is none.
-    """
+    """The paths of a folder that is one of embeddings."""
     open_embeddings(folder)
     return StorePaths.of(os.fspath(folder))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncembed.cli.progress import Bar, Lines, Silent, in_words, make_display
+from asyncembed.cli.progress import Display, in_words
 from asyncembed.cli.run import share_done
 from asyncembed.sources import read_texts
 
@@ -24,9 +24,16 @@ class Clock:
         return self.now
 
 
+class Terminal(io.StringIO):
+    """A terminal that keeps what is written."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def test_lines_come_at_the_start_after_ten_seconds_and_every_thirty() -> None:
     clock, file = Clock(), io.StringIO()
-    lines = Lines(file, clock)
+    lines = Display(file, clock=clock)
     lines.loading("the model m")
     clock.now += 8
     lines.started("embedding a.txt")
@@ -49,20 +56,19 @@ def test_lines_come_at_the_start_after_ten_seconds_and_every_thirty() -> None:
 
 def test_lines_hold_no_control_characters_and_no_estimate_without_a_length() -> None:
     clock, file = Clock(), io.StringIO()
-    lines = make_display(file)
-    assert isinstance(lines, Lines)
-    lines = Lines(file, clock)
+    lines = Display(file, clock=clock)
     clock.now += 60
     lines.update(None, "7 texts")
     assert file.getvalue() == "asyncembed: 7 texts\n"
 
 
 def test_a_bar_never_says_100_percent_before_the_end() -> None:
-    file = io.StringIO()
-    bar = Bar(file)
+    file, clock = Terminal(), Clock()
+    bar = Display(file, clock=clock)
     bar.loading("the model m")
     bar.started("embedding a.txt")
     bar.update(0.5, "5 texts")
+    clock.now += 1
     bar.update(1.0, "10 texts")
     bar.write("a line above")
     bar.close()
@@ -75,8 +81,8 @@ def test_a_bar_never_says_100_percent_before_the_end() -> None:
 
 
 def test_a_bar_without_a_known_length_shows_the_words_only() -> None:
-    file = io.StringIO()
-    bar = Bar(file)
+    file = Terminal()
+    bar = Display(file)
     bar.update(None, "5 texts")
     bar.close()
     assert "5 texts" in file.getvalue()
@@ -85,7 +91,7 @@ def test_a_bar_without_a_known_length_shows_the_words_only() -> None:
 
 def test_nothing_is_shown_when_quiet_but_lines() -> None:
     file = io.StringIO()
-    silent = Silent(file)
+    silent = Display(file, quiet=True)
     silent.loading("m")
     silent.started("a.txt")
     silent.update(0.5, "5 texts")
@@ -94,10 +100,11 @@ def test_nothing_is_shown_when_quiet_but_lines() -> None:
     assert file.getvalue() == "a warning\n"
 
 
-@pytest.mark.parametrize("display", [Silent, Lines, Bar])
-def test_a_standard_error_that_is_gone_ends_no_run(display: type[Silent]) -> None:
-    file = io.StringIO()
-    shown = display(file)
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_a_standard_error_that_is_gone_ends_no_run(kind: type[io.StringIO], quiet: bool) -> None:
+    file = kind()
+    shown = Display(file, quiet=quiet)
     shown.started("a.txt")
     file.close()
     shown.update(0.5, "5 texts")
