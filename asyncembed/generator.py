@@ -385,7 +385,7 @@ class EmbeddingGenerator:
     def _run_options(self) -> EmbedOptions:
         return replace(self._options, max_memory_usage=self.max_memory_usage)
 
-    def _stream(self, source: Iterable[Any]) -> EmbedStream:
+    def _stream(self, source: Handoff) -> EmbedStream:
         options = replace(self._run_options(), model=self._encoder())
         before = self.progress_bar.n
 

@@ -27,6 +27,7 @@ from asyncembed.options import (
     EmbedOptions,
 )
 from asyncembed.records import EmbeddedText, FloatVector, Summary
+from asyncembed.sources.feed import Source
 from asyncembed.store.files import StorePaths
 from asyncembed.wording import plural
 
@@ -75,6 +76,7 @@ def embed_stream(
             raise OptionsError(f"embedder={embedder!r} must be an open AsyncEmbedder")
         model, options = _options_beside(embedder.options, model, options)
     chosen = EmbedOptions.from_kwargs(model=model, save_path=save_path, **options)
+    check_source(texts)
     return EmbedStream(texts, chosen, JobParts(host=embedder))
 
 
@@ -116,8 +118,7 @@ class EmbedStream:
     the model's thread, what was finished is saved, and the folder can be gone on with.
     """
 
-    def __init__(self, texts: Iterable[Any] | AsyncIterable[Any], options: EmbedOptions, parts: JobParts) -> None:
-        check_source(texts)
+    def __init__(self, texts: Source, options: EmbedOptions, parts: JobParts) -> None:
         self._texts = texts
         self._options = options
         self._parts = parts

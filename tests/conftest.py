@@ -67,7 +67,7 @@ class _EveryFunction(frozenset[str]):
 MAY_BLOCK = {
     # Joins a thread that has told it has nothing left to do: microseconds. `close` is for synchronous code.
     "asyncembed/threads.py": {"aclose", "close"},
-    "asyncembed/sources/pull.py": {"aclose", "take", "_put", "_wait_for_room"},  # the same, or held for an append
+    "asyncembed/sources/feed.py": {"_stop"},  # the same, or held for an append
     # For synchronous code: it is the test that calls them on a loop.
     "asyncembed/langchain.py": {"_wait", "close"},
     "asyncembed/cli/store.py": _EveryFunction(),

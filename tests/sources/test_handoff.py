@@ -19,8 +19,8 @@ def test_room_is_bounded_in_characters() -> None:
     assert handoff.put(Text("yy", key="k"))
     assert handoff.n_chars == 10
     assert not handoff.has_room(1)
-    assert next(iter(handoff)) == Text("x" * 8)
-    assert handoff.n_chars == 2
+    assert handoff.take() == [Text("x" * 8), Text("yy", key="k")]
+    assert handoff.n_chars == 0
 
 
 def test_room_by_default_is_a_mebibyte() -> None:
@@ -50,10 +50,11 @@ def test_item_that_is_no_text_is_held_as_a_short_description() -> None:
     handoff.put("a")
     handoff.put(list(range(100_000)))
     handoff.finish()
-    _, rejected = handoff
+    assert handoff.n_chars < 100
+    _, rejected = handoff.take() or []
     assert isinstance(rejected, Rejected)
     assert rejected.reason == "item 1 of the input is a list, not a str"
-    assert handoff.n_chars < 100
+    assert handoff.take() is None
 
 
 @pytest.mark.parametrize("size", [1, 7, 40])
@@ -66,14 +67,21 @@ def test_items_pass_between_threads_in_order_and_within_the_bound(size: int) -> 
             handoff.put(item)
         handoff.finish()
 
+    woken = threading.Event()
+    handoff.attach(woken.set)
     thread = threading.Thread(target=fill)
     thread.start()
-    found = []
-    for item in handoff:
+    found: list[str] = []
+    while True:
+        woken.clear()
         assert handoff.n_chars <= max(20, size)
         assert len(handoff) <= 5
-        assert isinstance(item, Text)
-        found.append(item.text)
+        items = handoff.take()
+        if items is None:
+            break
+        found += [item.text for item in items if isinstance(item, Text)]
+        if not items:
+            assert woken.wait(30)
     thread.join()
     assert found == given
 
