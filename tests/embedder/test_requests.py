@@ -556,7 +556,8 @@ async def test_aclose_cancelled_while_it_drains_answers_everyone_also_from_the_b
     """The batch ends in the same turn of the loop: its first answer must not hide that nobody wants the second."""
     gate, encoder = held_model()
     embedder = await AsyncEmbedder(encoder, max_pending_bytes=20_000).__aenter__()
-    client: Any = embedder._client
+    requests: Any = embedder._requests
+    client = requests.client
     in_hand = embedder.embed_nowait(["a heron", "a boat"])
     await gate.begun()
     asked = [in_hand, start(embedder.embed([f"text {n}" for n in range(20)])), start(embedder.embed("reeds"))]

@@ -79,7 +79,7 @@ def test_any_mixture_everyone_is_answered_and_nothing_is_left(
                 check(call[1], answer)
         assert at_rest(embedder)
         assert len(embedder._requests._works) == 0  # type: ignore[union-attr]  # it was open
-        assert not embedder._engine.scheduler  # type: ignore[union-attr]
+        assert not embedder._requests.engine.scheduler  # type: ignore[union-attr]
 
     async def bounded() -> None:
         with anyio.fail_after(60):
