@@ -128,7 +128,7 @@ def test_search_counts_neither_the_first_batch_of_a_size_nor_small_ones() -> Non
     search = SpeedSearch(1024, 64, 16_384)
     for _ in range(50):
         search.add(100, 1.0)  # an app may make small batches for ever
-    assert search.measured == set()
+    assert not search.has_measured
     assert search.size == 1024
     search.add(1024, 1000.0)
     assert search.size == 2048  # takes turns with it now
