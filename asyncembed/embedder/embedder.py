@@ -399,7 +399,11 @@ class AsyncEmbedder:
         try:
             limits, chunkers = await self._model_thread.run(_load, self.options)
             close = limits.close
-            requests = self._requests = self._new_requests(limits, chunkers)
+            thread, max_rows = self._model_thread, self.options.batch_size
+            encoder = EncoderThread(limits.encoder, limits.estimator, thread=thread, max_rows=max_rows, memory=limits)
+            sizes = (self._max_bytes, self._cache_bytes)
+            requests = Requests(Engine(encoder), chunkers, self.options, self._kind_prompts, *sizes)
+            self._requests = requests
             self._state = "open"
             self._ready.set()
             async with anyio.create_task_group() as group:
@@ -418,12 +422,6 @@ class AsyncEmbedder:
                 self._requests.fail_all(self._why_ended)
             self._ready.set()
             await self._model_thread.aclose(close)
-
-    def _new_requests(self, limits: LimitMemory, chunkers: InstructionChunkers) -> Requests:
-        thread, max_rows = self._model_thread, self.options.batch_size
-        encoder = EncoderThread(limits.encoder, limits.estimator, thread=thread, max_rows=max_rows, memory=limits)
-        sizes = (self._max_bytes, self._cache_bytes)
-        return Requests(Engine(encoder), chunkers, self.options, self._kind_prompts, *sizes)
 
     def orphan(self) -> None:
         """This is a child process, made by a fork: the model's thread and the event loop are the parent's."""

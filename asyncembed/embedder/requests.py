@@ -111,14 +111,6 @@ class CountedVectors(NamedTuple):
     n_tokens: list[int]
 
 
-class Answer(NamedTuple):
-    """The vector of a text, shape `(dim,)` float32, and its tokens without prompt and special ones; or an error."""
-
-    embedding: FloatVector | None
-    n_tokens: int = 0
-    error: str | None = None
-
-
 class Request:
     """One call of an app, checked when it is made; it begins when the model is there.
 
@@ -160,15 +152,15 @@ class Request:
         if not self._missing:
             self.future.set_result(self._result())
 
-    def answer(self, index: int, answer: Answer) -> None:
+    def answer(self, index: int, embedding: FloatVector | None, n_tokens: int, error: str | None = None) -> None:
         """What became of one of the texts."""
         if self.future.done():
             return
-        if answer.embedding is not None:
-            self.vectors[index] = answer.embedding
-            self.n_tokens[index] = answer.n_tokens
+        if embedding is not None:
+            self.vectors[index] = embedding
+            self.n_tokens[index] = n_tokens
         else:
-            self.errors[index] = answer.error or "it has no vector"
+            self.errors[index] = error or "it has no vector"
             if self._gives != "records":
                 self.fail(TextError(index, str(self.texts[index]), self.errors[index]))
                 return
@@ -207,17 +199,17 @@ ENTRY_OVERHEAD = 400
 
 
 class AnswerCache:
-    """The answers used last; the least recently used go where room is short."""
+    """The vectors used last, with the tokens of their texts; the least recently used go where room is short."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.n_bytes = self.n_hits = 0
-        self._answers: OrderedDict[Key, Answer] = OrderedDict()
+        self._answers: OrderedDict[Key, tuple[FloatVector, int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._answers)
 
-    def get(self, key: Key) -> Answer | None:
+    def get(self, key: Key) -> tuple[FloatVector, int] | None:
         """The answer, if it is kept; it is then the last to go."""
         answer = self._answers.get(key)
         if answer is not None:
@@ -225,24 +217,22 @@ class AnswerCache:
             self._answers.move_to_end(key)
         return answer
 
-    def put(self, key: Key, answer: Answer) -> None:
-        """Keeps an answer, unless it is a failure."""
-        size = _size(key, answer)
-        if answer.embedding is None or size > self.max_bytes:
+    def put(self, key: Key, embedding: FloatVector, n_tokens: int) -> None:
+        """Keeps an answer, if it is not larger than all there is."""
+        if key in self._answers or _size(key, embedding) > self.max_bytes:
             return
-        if key in self._answers:
-            self.n_bytes -= _size(key, self._answers.pop(key))
-        self._answers[key] = answer
-        self.n_bytes += size
+        self._answers[key] = (embedding, n_tokens)
+        self.n_bytes += _size(key, embedding)
         while self.n_bytes > self.max_bytes:
-            self.n_bytes -= _size(*self._answers.popitem(last=False))
+            oldest, (gone, _) = self._answers.popitem(last=False)
+            self.n_bytes -= _size(oldest, gone)
 
 
-def _size(key: Key, answer: Answer) -> int:
+def _size(key: Key, embedding: FloatVector) -> int:
     (prompt, task, _), text = key
     parts = (prompt, task or "", text)
     n_bytes = sum(len(part) if isinstance(part, str) and part.isascii() else 4 * len(part) for part in parts)
-    return ENTRY_OVERHEAD + n_bytes + (answer.embedding.nbytes if answer.embedding is not None else 0)
+    return ENTRY_OVERHEAD + n_bytes + embedding.nbytes
 
 
 class Requests:
@@ -356,10 +346,10 @@ class Requests:
                 if index not in request.open:
                     continue  # it left
                 work = self._release(request, index)
-                answer = Answer(work.embedding, work.n_tokens, work.error)
-                if self._forget(work):
-                    self.cache.put((work.instruction, work.text), answer)
-                request.answer(index, answer)
+                self._forget(work)
+                if work.embedding is not None:
+                    self.cache.put((work.instruction, work.text), work.embedding, work.n_tokens)
+                request.answer(index, work.embedding, work.n_tokens, work.error)
 
     def _begin(self, request: Request) -> None:
         """Takes a request up; it leaves by itself as soon as its future is done."""
@@ -380,12 +370,12 @@ class Requests:
     def _leave(self, request: Request) -> None:
         """The request has its answer, or nobody waits for it: what only it wanted is dropped. Idempotent."""
         self._requests.discard(request)
-        unwanted: list[Work] = []
-        for work in dict.fromkeys([self._release(request, index) for index in list(request.open)]):
+        works = dict.fromkeys([self._release(request, index) for index in list(request.open)])
+        for work in works:
             work.waiters = [waiter for waiter in work.waiters if waiter[0] is not request]
-            if not work.waiters:
-                self._forget(work)
-                unwanted.append(work)
+        unwanted = [work for work in works if not work.waiters]
+        for work in unwanted:
+            self._forget(work)
         if unwanted:
             self.client.discard(unwanted)
         if not request.future.done():
@@ -400,28 +390,29 @@ class Requests:
         if request.how.get("blanks") == "encode" and isinstance(text, str) and not any(map(str.isalnum, text[:200])):
             told = told._replace(blanks="encode")  # all others share their work with those who take no blanks
         key = (told, text)
-        work, known = self._works.get(key), self.cache.get(key)
-        # 1. known   2. computed this moment   3. new   4. under way for others
-        if known is None and work is not None and not work.is_pending:
-            known = Answer(work.embedding, work.n_tokens, work.error)
-        if known is not None:
+        if (known := self.cache.get(key)) is not None:
             self._queue(request).release(n_bytes)
-            request.answer(index, known)
+            request.answer(index, *known)
             return
+        work = self._works.get(key)
         is_new = work is None
         if work is None:
             work = self._works[key] = Work(self.client, text, request.priority, told)
-        work.waiters.append((request, index))
         request.open[index] = (work, n_bytes)
+        if not work.is_pending:  # computed this moment
+            self.client.pass_on([(request, index)])
+            return
+        work.waiters.append((request, index))
         if is_new:
             self.client.submit_nowait([work])
         elif request.priority < work.priority:
             self.client.raise_priority(work, request.priority)
 
-    def _forget(self, work: Work) -> bool:
-        """Whether new requests of the text could join the work so far."""
+    def _forget(self, work: Work) -> None:
+        """From now on the text would be a new one."""
         key = (work.instruction, work.text)
-        return self._works.get(key) is work and self._works.pop(key) is work
+        if self._works.get(key) is work:
+            del self._works[key]
 
     def _queue(self, request: Request) -> AdmissionQueue:
         return self.urgent if request.priority <= INTERACTIVE else self.later
