@@ -26,7 +26,7 @@ import psutil
 from asyncembed.cache import cache_folder, write_small
 from asyncembed.encoders import Encoder
 from asyncembed.engine.limits import LearntLimit, estimator_for
-from asyncembed.engine.memory import available_bytes, memory_bound, peak_rss_bytes, rss_bytes, tokens_that_fit
+from asyncembed.engine.memory import available_bytes, memory_bound, peak_rss_bytes, rss_bytes
 from asyncembed.errors import KilledBeforeError
 from asyncembed.records import Batch
 
@@ -248,10 +248,10 @@ class LimitMemory:
                 logger.warning("what is learnt of batches cannot be kept for the next run: %s", error)
 
     def _look(self) -> None:
-        """Heed how much memory is free: where it is the process's own, running out of it is a kill."""
+        """Keeps batches to half of the free memory, where running out of it is a kill; neighbours take of the rest."""
         per_token = self._known.bytes_per_token
         if self._shares_memory and per_token is not None:
-            self.estimator.keep_below(tokens_that_fit(available_bytes(), per_token, self.encoder.slots))
+            self.estimator.keep_below(int(available_bytes() / (2 * self.encoder.slots * per_token)))
 
 
 def _facts_of(encoder: Encoder) -> dict[str, Any]:

@@ -153,10 +153,10 @@ class TokenLimitEstimator:
             raise ValueError(f"min_limit={min_limit} and max_limit={max_limit} leave no room for a limit")
         if initial_limit is not None and max_limit is not None and initial_limit > max_limit:
             raise ValueError(f"initial_limit={initial_limit} is above max_limit={max_limit}")
-        start = initial_limit if initial_limit is not None else DEFAULT_INITIAL_LIMIT
+        start = initial_limit or max(DEFAULT_INITIAL_LIMIT, min_limit)
         self.min_limit = min_limit
-        self.max_limit = max_limit if max_limit is not None else max(start, min_limit)
-        self._start = start if initial_limit is not None else min(max(start, min_limit), self.max_limit)
+        self.max_limit = max_limit or max(start, min_limit)
+        self._start = min(start, self.max_limit)
         known = learnt if learnt is not None else LearntLimit(limit=self._start)
         self.failed_at, self._killed_at = known.failed_at, known.killed_at
         self._streak = known.successes
@@ -233,13 +233,12 @@ class TokenLimitEstimator:
 
     def _ceiling(self) -> int:
         """The largest limit that nothing known speaks against: at least 1."""
-        bounds = (
-            self._search.size,
-            self.failed_at - 1 if self.failed_at is not None else None,
-            self._killed_at // 2 if self._killed_at is not None else None,
-            self._room,
-        )
-        return max(1, min(bound for bound in bounds if bound is not None))
+        ceiling = self._search.size
+        if self.failed_at is not None:
+            ceiling = min(ceiling, self.failed_at - 1)
+        if self._killed_at is not None:
+            ceiling = min(ceiling, self._killed_at // 2)
+        return max(1, min(ceiling, self._room or ceiling))
 
     def _rise(self, highest: int) -> None:
         if self._is_recalled and self.failed_at is not None:

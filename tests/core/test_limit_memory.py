@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from asyncembed import EmbeddingGenerator, embed_stream
 from asyncembed.encoders import FloatMatrix
 from asyncembed.engine.limit_memory import FORGET_KILL_AFTER_S, RETUNE_AFTER_S, LimitMemory, _digest
-from asyncembed.engine.memory import tokens_that_fit
+from asyncembed.engine.limits import initial_limit
 from asyncembed.engine.model_thread import ModelRunner
 from asyncembed.records import Batch
 from tests.core.fakes import chunk
@@ -397,24 +397,20 @@ def test_memory_is_held_however_fast_the_source_is(n_texts: int, n_chars: int) -
 # --- headroom ---
 
 
-@given(n_free=st.integers(0, 1 << 40), per_token=st.floats(1, 1e6), slots=st.integers(1, 64))
-def test_tokens_that_fit_leave_half_of_the_memory(n_free: int, per_token: float, slots: int) -> None:
-    fitting = tokens_that_fit(n_free, per_token, slots)
-    assert fitting >= 1
-    assert fitting == 1 or fitting * per_token * slots <= n_free / 2 * (1 + 1e-9)
-    assert tokens_that_fit(2 * n_free, per_token, slots) >= fitting
-
-
-def test_limit_is_capped_on_a_cpu_while_little_memory_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("slots", "limit"), [(1, 500), (2, 250), (5000, 1)])
+def test_limit_is_capped_on_a_cpu_at_what_half_of_the_free_memory_holds(
+    slots: int, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store(tmp_path, FakeEncoder(), limit=1024, failed_at=None, largest=2000, bytes_per_token=1000.0)
     monkeypatch.setattr("asyncembed.engine.limit_memory.available_bytes", lambda: 1_000_000)
-    memory = LimitMemory(FakeEncoder(), folder=tmp_path)
-    assert memory.estimator() == 500
-    monkeypatch.setattr("asyncembed.engine.limit_memory.available_bytes", lambda: 100_000_000)
-    for _ in range(64):
+    memory = LimitMemory(FakeEncoder(slots=slots), folder=tmp_path)
+    assert memory.estimator() == limit
+    monkeypatch.setattr("asyncembed.engine.limit_memory.available_bytes", lambda: 10**12)
+    memory.encoder.slots = 1
+    for _ in range(200):
         run_batch(memory, memory.estimator())
         memory.estimator.succeed(memory.estimator())
-    assert memory.estimator() == 1024
+    assert memory.estimator() == initial_limit("cpu", slots)
 
 
 # --- whole jobs ---
