@@ -6,6 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from math import log, sqrt
 from statistics import mean, stdev
+from typing import Any
 
 BETTER = log(1.04)
 """A size must be better by so much: it costs memory, and latency to whoever waits."""
@@ -36,8 +37,13 @@ class SpeedSearch:
     def __init__(self, start: int, smallest: int, largest: int) -> None:
         self.best = start
         self.is_over = self.has_measured = False
+        self._bounds = smallest, largest
         self._trials = self._try_all(smallest, largest)
         self.size = next(self._trials)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins at the best size so far, and searches anew unless this has ended."""
+        return SpeedSearch, (self.best, *((self.best, self.best) if self.is_over else self._bounds))
 
     def add(self, n_tokens: int, seconds: float) -> None:
         """A batch of `n_tokens` padded tokens took `seconds`; `size` may be another one afterwards."""
