@@ -99,7 +99,7 @@ class LimitMemory:
         self._shares_memory = encoder.device.split(":")[0] in ("cpu", "mps")
         self._learnt = self.estimator.learnt()
         self._trial: int | None = None
-        self._rss_before = self._peak_before = 0
+        self._before = (0, 0)  # resident memory and its peak when the trial began
         self._n_batches = 0
         self._look()
 
@@ -143,7 +143,7 @@ class LimitMemory:
             process = psutil.Process()
             note = {"n_tokens": n_tokens, "chunk": chunk, "pid": process.pid, "started": process.create_time()}
             self._write(self._note, {**note, "host": socket.gethostname()}, flush=True)
-            self._rss_before, self._peak_before = rss_bytes(), peak_rss_bytes()
+            self._before = (rss_bytes(), peak_rss_bytes())
 
     def after(self, n_tokens: int, error: BaseException | None = None) -> None:
         """Removes the note of a batch that has run, or ended in an error: the process survived it."""
@@ -152,8 +152,8 @@ class LimitMemory:
         if error is None:
             self._known.largest = n_tokens
             peak = peak_rss_bytes()
-            if self._shares_memory and peak > max(self._peak_before, self._rss_before):
-                self._known.bytes_per_token = (peak - self._rss_before) / n_tokens
+            if self._shares_memory and peak > max(self._before):
+                self._known.bytes_per_token = (peak - self._before[0]) / n_tokens
                 self._look()
             self.save()  # first: a note may outlive the batch, but must not be gone before it is known to have run
         self._end_trial()

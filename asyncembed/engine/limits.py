@@ -26,20 +26,14 @@ class SpeedSearch:
 
     The best size so far takes turns with its double while doubling helps; if it never does, with its half. A batch is
     a sample of a size if it fills more than half of it. The first two do not count: kernels are chosen then.
-
-    Attributes:
-        best: The best size so far.
-        size: What the next batch should have, in padded tokens.
-        is_over: Whether no other size is tried any more.
-        has_measured: Whether there was any sample.
     """
 
     def __init__(self, start: int, smallest: int, largest: int) -> None:
-        self.best = start
+        self.best = start  # so far
         self.is_over = self.has_measured = False
         self._bounds = smallest, largest
         self._trials = self._try_all(smallest, largest)
-        self.size = next(self._trials)
+        self.size = next(self._trials)  # of the next batch, in padded tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy begins at the best size so far, and searches anew unless this has ended."""
@@ -95,23 +89,14 @@ quarter of the limit, and it must find its way back all the same."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearntLimit:
-    """What one run learns for the next: padded tokens (rows × longest), all of them at least 1.
+    """What one run learns for the next: sizes in padded tokens (rows × longest), all of them at least 1."""
 
-    Attributes:
-        limit: The limit in use.
-        failed_at: The smallest size known to run out of memory; None if none is.
-        killed_at: The smallest size under way when a run was killed; None if none was.
-        fastest: The size that gave the most tokens per second; None if the search has not ended.
-        successes: Batches near the limit since a size failed last: after enough of them it is doubted.
-        is_old: The search for the fastest size is due again, beginning from what is known.
-    """
-
-    limit: int
-    failed_at: int | None = None
-    killed_at: int | None = None
-    fastest: int | None = None
-    successes: int = 0
-    is_old: bool = False
+    limit: int  # in use
+    failed_at: int | None = None  # the smallest that is known to run out of memory
+    killed_at: int | None = None  # the smallest that was under way when a run was killed
+    fastest: int | None = None  # what gave the most tokens a second; None if the search has not ended
+    successes: int = 0  # batches near the limit since a size failed last: after enough of them it is doubted
+    is_old: bool = False  # the search for the fastest is due again, beginning from what is known
 
     def after_kill(self, n_tokens: int) -> LearntLimit:
         """What is known when a run was killed while it first ran `n_tokens` padded tokens: begin well below."""
