@@ -104,9 +104,9 @@ class AsyncEmbedder:
             check_how({"prompt": prompt})
         self.options = EmbedOptions.from_kwargs(model=model, save_path=None, **options)
         self._kind_prompts: dict[Kind, str | None] = {"query": query_prompt, "document": document_prompt}
-        self._max_bytes = max(1, min(DEFAULT_PENDING_BYTES, available_bytes() // 4))
-        if max_pending_bytes is not None:
-            self._max_bytes = parse_bytes(max_pending_bytes)
+        if max_pending_bytes is None:
+            max_pending_bytes = max(1, min(DEFAULT_PENDING_BYTES, available_bytes() // 4))
+        self._max_bytes = parse_bytes(max_pending_bytes)
         self._cache_bytes = parse_bytes(cache_bytes) if cache_bytes != 0 else 0
         self._model_thread = WorkerThread("asyncembed-model")
         self._ready = asyncio.Event()
@@ -215,10 +215,6 @@ class AsyncEmbedder:
         """`embed` from any thread or event loop: a future of the vectors. Cancelling it cancels the work.
 
         Waiting for its result in the embedder's own loop would be waiting for oneself.
-
-        Args:
-            texts: A text, or a list of them.
-            **how: The keyword arguments of `embed`.
 
         Raises:
             ClosedError: The embedder is not open.
