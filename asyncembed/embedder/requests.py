@@ -204,35 +204,32 @@ class AnswerCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.n_bytes = self.n_hits = 0
-        self._answers: OrderedDict[Key, tuple[FloatVector, int]] = OrderedDict()
+        self._answers: OrderedDict[Key, tuple[FloatVector, int, int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._answers)
 
     def get(self, key: Key) -> tuple[FloatVector, int] | None:
         """The answer, if it is kept; it is then the last to go."""
-        answer = self._answers.get(key)
-        if answer is not None:
-            self.n_hits += 1
-            self._answers.move_to_end(key)
-        return answer
+        if key not in self._answers:
+            return None
+        self.n_hits += 1
+        self._answers.move_to_end(key)
+        return self._answers[key][:2]
 
     def put(self, key: Key, embedding: FloatVector, n_tokens: int) -> None:
         """Keeps an answer, if it is not larger than all there is."""
-        if key in self._answers or _size(key, embedding) > self.max_bytes:
+        (prompt, task, _), text = key
+        size = ENTRY_OVERHEAD + embedding.nbytes
+        for part in (prompt, task or "", text):
+            size += len(part) if isinstance(part, str) and part.isascii() else 4 * len(part)
+        if key in self._answers or size > self.max_bytes:
             return
-        self._answers[key] = (embedding, n_tokens)
-        self.n_bytes += _size(key, embedding)
+        self._answers[key] = (embedding, n_tokens, size)
+        self.n_bytes += size
         while self.n_bytes > self.max_bytes:
-            oldest, (gone, _) = self._answers.popitem(last=False)
-            self.n_bytes -= _size(oldest, gone)
-
-
-def _size(key: Key, embedding: FloatVector) -> int:
-    (prompt, task, _), text = key
-    parts = (prompt, task or "", text)
-    n_bytes = sum(len(part) if isinstance(part, str) and part.isascii() else 4 * len(part) for part in parts)
-    return ENTRY_OVERHEAD + n_bytes + embedding.nbytes
+            _, (_, _, gone) = self._answers.popitem(last=False)
+            self.n_bytes -= gone
 
 
 class Requests:
@@ -355,12 +352,10 @@ class Requests:
         """Takes a request up; it leaves by itself as soon as its future is done."""
         encoder, how = self.engine.encoder, request.how
         kind, task = how.get("kind", "text"), how.get("task")
-        if (given := (how.get("prompt"), how.get("prompt_name"))) != (None, None):
-            prompt = prompt_of(encoder, *given)
-        elif (of_kind := self._kind_prompts.get(kind)) is not None:
-            prompt = of_kind
-        else:
-            prompt = kind_prompt_of(encoder, kind, self._options)
+        given = (how.get("prompt"), how.get("prompt_name"))
+        if given == (None, None):
+            given = (self._kind_prompts.get(kind), None)
+        prompt = kind_prompt_of(encoder, kind, self._options) if given == (None, None) else prompt_of(encoder, *given)
         task = kind_task_of(encoder, kind, self._options) if task is None else task_of(encoder, task)
         request.begin(Instruction(prompt, task), self.dim)
         self.n_requests += 1
