@@ -7,13 +7,12 @@ import copy
 import threading
 from concurrent.futures import Future
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from langchain_core.embeddings import Embeddings
 
 from asyncembed.embedder import AsyncEmbedder, Kind
-from asyncembed.embedder.settings import How, HowOptions, check_texts
+from asyncembed.embedder.requests import HowOptions, check_how
 from asyncembed.errors import AsyncEmbedError, ClosedError, TextTypeError
 from asyncembed.options import DEFAULT_MODEL
 from asyncembed.threads import LoopThread, watch
@@ -52,7 +51,7 @@ class AsyncEmbedEmbeddings(Embeddings):
             "document": {"kind": "document", "prompt": document_prompt, "blanks": "encode"},
         }
         for how in self._how.values():
-            How(**how)  # refuses what is no text
+            check_how(how)  # refuses what is no text
         if isinstance(model, AsyncEmbedder) and options:
             raise TypeError(f"the embedder has its options already: {', '.join(options)} cannot be given again")
         self._given = model if isinstance(model, AsyncEmbedder) else None
@@ -75,11 +74,8 @@ class AsyncEmbedEmbeddings(Embeddings):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AsyncEmbedEmbeddings:
         """An embedder that was given is shared."""
-        state = self.__getstate__()
-        if self._given is None:
-            state = copy.deepcopy(state, memo)
-        made = type(self).__new__(type(self))
-        made.__setstate__(state)
+        made, state = type(self).__new__(type(self)), self.__getstate__()
+        made.__setstate__(state if self._given is not None else copy.deepcopy(state, memo))
         return made
 
     def orphan(self) -> None:
@@ -93,9 +89,7 @@ class AsyncEmbedEmbeddings(Embeddings):
     def __enter__(self) -> AsyncEmbedEmbeddings:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -109,33 +103,36 @@ class AsyncEmbedEmbeddings(Embeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """A list of floats for each text. Not from the event loop of the embedder given: await `aembed_documents`."""
-        rows: list[list[float]] = self._wait(_documents(texts), "document").tolist()
-        return rows
+        return self._wait(_documents(texts), "document")
 
     def embed_query(self, text: str) -> list[float]:
         """A list of floats. Not from the event loop of the embedder given: await `aembed_query`."""
-        row: list[float] = self._wait(_query(text), "query").tolist()
-        return row
+        return self._wait(_query(text), "query")[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """A list of floats for each text. Cancelled, the work is dropped."""
-        documents = _documents(texts)
-        embedder = await self._opened()
-        rows: list[list[float]] = (await embedder.embed(documents, **self._how["document"])).tolist()
-        return rows
+        return await self._ask(_documents(texts), "document")
 
     async def aembed_query(self, text: str) -> list[float]:
         """A list of floats. Cancelled, the work is dropped."""
-        query = _query(text)
-        embedder = await self._opened()
-        row: list[float] = (await embedder.embed(query, **self._how["query"])).tolist()
-        return row
+        return (await self._ask(_query(text), "query"))[0]
 
-    async def _opened(self) -> AsyncEmbedder:
-        if self._given is not None:
-            return self._given
-        # Shielded: a caller that is cancelled while the model loads must not take it from the others.
-        return await asyncio.shield(asyncio.wrap_future(self._own()))
+    async def _ask(self, texts: list[str], kind: Kind) -> list[list[float]]:
+        embedder = self._given
+        if embedder is None:  # shielded: a caller that is cancelled while the model loads must not take it from others
+            embedder = await asyncio.shield(asyncio.wrap_future(self._own()))
+        rows: list[list[float]] = (await embedder.embed(texts, **self._how[kind])).tolist()
+        return rows
+
+    def _wait(self, texts: list[str], kind: Kind) -> list[list[float]]:
+        embedder = self._given or self._own().result()
+        if embedder.is_on_its_loop():
+            name = "query" if kind == "query" else "documents"
+            raise AsyncEmbedError(
+                f"embed_{name} would block the event loop that has to answer it; await aembed_{name} there"
+            )
+        rows: list[list[float]] = embedder.embed_threadsafe(texts, **self._how[kind]).result().tolist()
+        return rows
 
     def _own(self) -> Future[AsyncEmbedder]:
         with self._starting:
@@ -146,23 +143,14 @@ class AsyncEmbedEmbeddings(Embeddings):
                 self._opening = self._thread.submit(self._make().__aenter__)
             return self._opening
 
-    def _wait(self, texts: str | list[str], kind: Kind) -> Any:
-        embedder = self._given or self._own().result()
-        if embedder.is_on_its_loop():
-            name = "query" if kind == "query" else "documents"
-            raise AsyncEmbedError(
-                f"embed_{name} would block the event loop that has to answer it; await aembed_{name} there"
-            )
-        return embedder.embed_threadsafe(texts, **self._how[kind]).result()
 
-
-def _documents(texts: object) -> list[str]:
+def _documents(texts: list[str]) -> list[str]:
     if isinstance(texts, str):
         raise TextTypeError("embed_documents takes a list of texts, not one text; pass [text]")
-    return check_texts(texts)
+    return texts
 
 
-def _query(text: object) -> str:
+def _query(text: object) -> list[str]:
     if not isinstance(text, str):
         raise TextTypeError(why_no_text("the query", text))
-    return text
+    return [text]

@@ -1,7 +1,6 @@
 """One model inside an async app: many small concurrent requests share its batches."""
 
-from asyncembed.embedder.embedder import AsyncEmbedder
-from asyncembed.embedder.life import EmbedderStatistics
+from asyncembed.embedder.embedder import AsyncEmbedder, EmbedderStatistics
 from asyncembed.embedder.requests import CountedVectors
 from asyncembed.encoders import Kind
 

@@ -1,50 +1,68 @@
-"""The app's face of the engine: concurrent requests share batches, and jobs may share the model with them."""
+"""The app's face of the engine: one model, loaded, shared by concurrent requests and by jobs, and closed."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import anyio
 
-from asyncembed.embedder.life import EmbedderLife
-from asyncembed.embedder.requests import (
-    CountedVectors,
-    Request,
-    counted_of,
-    matrix_of,
-    records_of,
-    vector_of,
-    with_faults,
-)
-from asyncembed.embedder.settings import (
-    How,
-    HowOptions,
-    check_deadline,
-    check_inputs,
-    check_texts,
-    choose_options,
-    priority_of,
-    sort_texts,
-)
-from asyncembed.encoders import FloatMatrix, Kind
+from asyncembed.embedder.requests import CountedVectors, HowOptions, Request, Requests, check_how
+from asyncembed.encoders import Encoder, FloatMatrix, Kind, load_encoder, tell_chunk_size
+from asyncembed.engine.chunkers import InstructionChunkers
+from asyncembed.engine.engine import Engine
+from asyncembed.engine.limit_memory import LimitMemory
 from asyncembed.engine.memory import available_bytes
-from asyncembed.errors import ClosedError, DeadlineError, OverloadedError
-from asyncembed.options import DEFAULT_MODEL, parse_bytes
+from asyncembed.engine.model_thread import EncoderThread
+from asyncembed.errors import ClosedError, DeadlineError, ModelError, OptionsError, OverloadedError
+from asyncembed.options import DEFAULT_MODEL, MODEL_OPTIONS, REQUEST_OPTIONS, EmbedOptions, parse_bytes
 from asyncembed.records import AnyText, EmbeddedText, FloatVector
+from asyncembed.threads import WorkerThread, watch
 from asyncembed.wording import plural
 
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+logger = logging.getLogger("asyncembed")
 
 DEFAULT_PENDING_BYTES = 256 * 2**20
 """Room for some 20,000 short texts, or for as many as fit into a quarter of what is free."""
 
+State = Literal["new", "loading", "open", "closing", "closed", "broken"]
 
-class AsyncEmbedder(EmbedderLife):
+
+class EmbedderStatistics(NamedTuple):
+    """What an embedder did, and what waits in it."""
+
+    state: State
+    requests: int = 0  # calls so far
+    texts: int = 0  # texts of these calls that were let in
+    pending_requests: int = 0  # calls without an answer
+    waiting_texts: int = 0  # texts that wait for room
+    pending_bytes: int = 0  # what the texts under way have reserved
+    max_pending_bytes: int = 0  # what they may reserve
+    cache_bytes: int = 0  # what the cache holds
+    cache_hits: int = 0  # texts answered from it
+    truncations: int = 0  # texts that were computed without their end, by `long_texts="truncate"`
+    batches: int = 0  # batches that ran, those of jobs on the same model included, as in all that follows
+    ooms: int = 0  # batches that ran out of memory and were run again in parts
+    row_tokens: int = 0  # tokens of all rows, without padding
+    padded_tokens: int = 0  # tokens of all batches, with padding
+    waiting_chunks: int = 0  # chunks that wait for the model
+    token_limit: int = 0  # the present limit of a batch in padded tokens
+    model_seconds: float = 0.0  # how long batches took, added up
+
+
+class AsyncEmbedder:
     """One model for an async app. Requests of any number of tasks share batches the moment the model is free.
 
     Use it with `async with`: entering loads the model in a thread; leaving finishes what was asked for, or, left by
@@ -78,18 +96,34 @@ class AsyncEmbedder(EmbedderLife):
         document_prompt: str | None = None,
         **options: Any,
     ) -> None:
+        allowed = (*MODEL_OPTIONS, *REQUEST_OPTIONS)
+        for name in options:
+            if name not in allowed:
+                raise OptionsError(f"{name!r} is no option of an AsyncEmbedder; there are {', '.join(allowed)}")
         for prompt in (query_prompt, document_prompt):
-            How(prompt=prompt)  # refuses what is no text
+            check_how({"prompt": prompt})
+        self.options = EmbedOptions.from_kwargs(model=model, save_path=None, **options)
         self._kind_prompts: dict[Kind, str | None] = {"query": query_prompt, "document": document_prompt}
         if max_pending_bytes is None:
-            n_bytes = max(1, min(DEFAULT_PENDING_BYTES, available_bytes() // 4))
-        else:
-            n_bytes = parse_bytes(max_pending_bytes)
-        super().__init__(
-            choose_options(model, options),
-            max_pending_bytes=n_bytes,
-            cache_bytes=parse_bytes(cache_bytes) if cache_bytes != 0 else 0,
-        )
+            max_pending_bytes = max(1, min(DEFAULT_PENDING_BYTES, available_bytes() // 4))
+        self._max_bytes = parse_bytes(max_pending_bytes)
+        self._cache_bytes = parse_bytes(cache_bytes) if cache_bytes != 0 else 0
+        self._model_thread = WorkerThread("asyncembed-model")
+        self._ready = asyncio.Event()
+        self._handing_over = threading.Lock()
+        self._state: State = "new"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._driver: asyncio.Task[None] | None = None
+        self._requests: Requests | None = None
+        self._error: Exception | None = None
+        self._is_orphan = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("an AsyncEmbedder cannot be copied or pickled: make one of the same model where it is needed")
+
+    def __repr__(self) -> str:
+        requests = f" {self._requests!r}" if self._requests is not None else ""
+        return f"<AsyncEmbedder {self._state} {self.options.model!r}{requests}>"
 
     @overload
     async def embed(self, texts: str, *, deadline_s: float | None = ..., **how: Unpack[HowOptions]) -> FloatVector: ...
@@ -129,8 +163,7 @@ class AsyncEmbedder(EmbedderLife):
             ModelError: The model or its device cannot go on.
             OptionsError: An argument cannot be.
         """
-        shape = vector_of if isinstance(texts, str) else matrix_of
-        found: FloatMatrix = await self._answer(texts, How.of(how), deadline_s, shape)
+        found: FloatMatrix = await self._answer(Request(texts, how), deadline_s)
         return found
 
     async def embed_query(self, texts: str | Sequence[str], **how: Any) -> FloatVector | FloatMatrix:
@@ -144,20 +177,14 @@ class AsyncEmbedder(EmbedderLife):
     async def embed_records(
         self, texts: Sequence[str], *, deadline_s: float | None = None, **how: Unpack[HowOptions]
     ) -> list[EmbeddedText]:
-        """As `embed`, but each text gives a record with its vector and `n_tokens`, or with the reason in `error`.
-
-        So does an item that is no text. The keyword arguments are those of `embed`.
+        """As `embed` of a list, but each item gives a record with its vector and `n_tokens`, or the reason in `error`.
 
         Raises:
-            TextTypeError: `texts` is no list.
-            DeadlineError: It took longer than `deadline_s`. A `TimeoutError`.
-            ClosedError: The embedder is not open, or was closed meanwhile.
-            ModelError: The model or its device cannot go on.
-            OptionsError: An argument cannot be.
+            TextTypeError: `texts` is no list; an item that is no text has a record like any other.
+            DeadlineError: As `embed`; so are `ClosedError`, `ModelError` and `OptionsError`.
         """
-        good, faults = sort_texts(texts)
-        found: list[EmbeddedText] = await self._answer(good, How.of(how), deadline_s, records_of)
-        return with_faults(found, faults) if faults else found
+        found: list[EmbeddedText] = await self._answer(Request(texts, how, "records"), deadline_s)
+        return found
 
     def embed_nowait(self, texts: str | Sequence[str], **how: Unpack[HowOptions]) -> asyncio.Future[Any]:
         """As `embed`, but the texts are let in now or not at all: a future of the vectors. Cancel it to drop them.
@@ -166,12 +193,11 @@ class AsyncEmbedder(EmbedderLife):
 
         Raises:
             OverloadedError: There is no room for all of them now, or the model is still being loaded.
-            ClosedError: The embedder is not open.
+            ClosedError: The embedder is not open, or on another event loop.
             ModelError: It is broken.
             OptionsError: An argument cannot be.
         """
-        shape = vector_of if isinstance(texts, str) else matrix_of
-        return self._admit_now(check_texts(texts), How.of(how), shape)
+        return self._admit_now(Request(texts, how))
 
     def embed_counted_nowait(
         self, texts: Sequence[AnyText], **how: Unpack[HowOptions]
@@ -181,40 +207,14 @@ class AsyncEmbedder(EmbedderLife):
         Args:
             texts: Each a `str`, or a `TokenText`: ids of the model's own vocabulary, with or without its special
                 tokens around them. An id that is not in it fails the text.
-            **how: The keyword arguments of `embed`, without `deadline_s`.
-
-        Raises:
-            OverloadedError: There is no room for all of them now, or the model is still being loaded.
-            ClosedError: The embedder is not open.
-            ModelError: It is broken.
-            OptionsError: An argument cannot be.
+            **how: The keyword arguments of `embed_nowait`, whose errors these are too.
         """
-        return self._admit_now(check_inputs(texts), How.of(how), counted_of)
-
-    def _admit_now(self, texts: Sequence[AnyText], how: How, shape: Callable[[Request], Any]) -> asyncio.Future[Any]:
-        self._check_open()
-        if asyncio.get_running_loop() is not self._loop and self._loop is not None:
-            raise ClosedError("embed_nowait belongs to the event loop of the embedder; embed_threadsafe is for others")
-        if self._state == "loading":
-            raise OverloadedError("the model is still being loaded; await embed(), which waits for it")
-        request = self._request(texts, how, shape)
-        requests = self._open_requests()
-        requests.open(request)
-        try:
-            requests.admit_nowait(request)
-        except BaseException:
-            requests.leave(request)
-            raise
-        return request.future
+        return self._admit_now(Request(texts, how, "counted"))
 
     def embed_threadsafe(self, texts: str | Sequence[str], **how: Any) -> Future[Any]:
         """`embed` from any thread or event loop: a future of the vectors. Cancelling it cancels the work.
 
         Waiting for its result in the embedder's own loop would be waiting for oneself.
-
-        Args:
-            texts: A text, or a list of them.
-            **how: The keyword arguments of `embed`.
 
         Raises:
             ClosedError: The embedder is not open.
@@ -228,6 +228,23 @@ class AsyncEmbedder(EmbedderLife):
         except RuntimeError:
             return False
 
+    def _admit_now(self, request: Request) -> asyncio.Future[Any]:
+        self._check_open()
+        if not self.is_on_its_loop():
+            raise ClosedError("embed_nowait belongs to the event loop of the embedder; embed_threadsafe is for others")
+        if self._requests is None:
+            raise OverloadedError("the model is still being loaded; await embed(), which waits for it")
+        return self._requests.ask_nowait(request)
+
+    async def _answer(self, request: Request, deadline_s: object) -> Any:
+        if isinstance(deadline_s, bool) or not isinstance(deadline_s, int | float | None) or deadline_s != deadline_s:
+            raise OptionsError(f"deadline_s={deadline_s!r} must be a number of seconds, or None")
+        if self._loop is not None and not self.is_on_its_loop():
+            return await asyncio.wrap_future(self._hand_over(partial(self._answer, request, deadline_s)))
+        with anyio.move_on_after(deadline_s):
+            return await (await self._opened()).ask(request)
+        raise DeadlineError(f"{plural(len(request.texts), 'text')} not embedded within deadline_s={deadline_s}")
+
     def _hand_over(self, call: Callable[[], Any]) -> Future[Any]:
         with self._handing_over:
             self._check_open()
@@ -235,39 +252,181 @@ class AsyncEmbedder(EmbedderLife):
                 raise AssertionError("an open embedder has a loop: this is a bug")
             return asyncio.run_coroutine_threadsafe(call(), self._loop)
 
-    async def _answer(
-        self, texts: str | Sequence[str], how: How, deadline_s: float | None, shape: Callable[[Request], Any]
-    ) -> Any:
-        chosen = check_texts(texts)
-        check_deadline(deadline_s)
-        if self._loop is not None and asyncio.get_running_loop() is not self._loop:
-            call = partial(self._answer, chosen, how, deadline_s, shape)
-            return await asyncio.wrap_future(self._hand_over(call))
-        if deadline_s is None:
-            return await self._answer_here(chosen, how, shape)
-        with anyio.move_on_after(deadline_s):
-            return await self._answer_here(chosen, how, shape)
-        raise DeadlineError(f"{plural(len(chosen), 'text')} not embedded within deadline_s={deadline_s}")
+    @property
+    def encoder(self) -> Encoder:
+        """The model: its `name`, `device`, `dtype`, `dim`, `max_tokens`, ….
 
-    async def _answer_here(self, texts: Sequence[str], how: How, shape: Callable[[Request], Any]) -> Any:
-        if self._state != "open":
-            await self._until_open()
-        request = self._request(texts, how, shape)
-        requests = self._open_requests()
-        requests.open(request)
-        try:
-            await requests.admit(request)
-            return await request.future
-        finally:
-            requests.leave(request)
+        Raises:
+            ClosedError: It is not loaded yet, or was closed before it was.
+            ModelError: It could not be loaded.
+        """
+        return self._loaded().engine.encoder
 
-    def _request(self, texts: Sequence[AnyText], how: How, shape: Callable[[Request], Any]) -> Request:
-        return Request(
-            texts,
-            how.instruction(self.encoder, self.options, self._kind_prompts),
-            priority_of(how.priority),
-            self.dim,
-            takes_blanks=how.blanks == "encode",
-            keep_errors=shape is records_of,
-            shape=shape,
+    @property
+    def dim(self) -> int:
+        """Dimensions of the vectors it gives."""
+        return self._loaded().dim
+
+    def statistics(self) -> EmbedderStatistics:
+        """What it did, and what waits."""
+        requests = self._requests
+        if requests is None:
+            return EmbedderStatistics(self._state, max_pending_bytes=self._max_bytes)
+        engine = requests.engine.statistics()
+        queues = (requests.urgent.statistics(), requests.later.statistics())
+        return EmbedderStatistics(
+            state=self._state,
+            requests=requests.n_requests,
+            texts=requests.n_texts,
+            pending_requests=len(requests),
+            waiting_texts=sum(queue.n_waiting for queue in queues),
+            pending_bytes=sum(queue.reserved_bytes for queue in queues),
+            max_pending_bytes=self._max_bytes,
+            cache_bytes=requests.cache.n_bytes,
+            cache_hits=requests.cache.n_hits,
+            truncations=requests.client.truncated_texts,
+            waiting_chunks=engine.heap.n_chunks,
+            token_limit=engine.token_limit,
+            **asdict(engine.encoders),
         )
+
+    async def engine(self) -> Engine:
+        """The engine, for a job on the same model; waits while the model is being loaded.
+
+        Raises:
+            ClosedError: The embedder is not open.
+            ModelError: It is broken.
+        """
+        return (await self._opened()).engine
+
+    async def _opened(self) -> Requests:
+        if self._state == "loading":
+            await self._ready.wait()
+        self._check_open()
+        return self._loaded()
+
+    def _loaded(self) -> Requests:
+        if self._requests is None:
+            self._check_open()
+            raise ClosedError("the model is not loaded yet; enter the embedder with `async with` first")
+        return self._requests
+
+    def _check_open(self) -> None:
+        if self._is_orphan:
+            raise ClosedError("the embedder was opened before a fork, in the parent process: open one in this process")
+        if self._state == "broken":
+            raise self._why_ended()
+        if self._state not in ("open", "loading"):
+            hint = "enter it with `async with` first" if self._state == "new" else "it takes no more requests"
+            raise ClosedError(f"the embedder is {'not open' if self._state == 'new' else self._state}: {hint}")
+
+    def _why_ended(self) -> Exception:
+        """A new error for each who is told."""
+        if self._error is None:
+            return ClosedError("the embedder was closed before this was done; make the same call on an open one")
+        broken = ModelError(f"the embedder cannot go on: {self._error}")
+        broken.__cause__ = self._error
+        return broken
+
+    async def __aenter__(self) -> AsyncEmbedder:
+        """Load the model.
+
+        Raises:
+            ModelError: It cannot be loaded.
+            OptionsError: An option does not go with it.
+            ClosedError: It was opened before, or closed while the model was loaded.
+        """
+        if self._state != "new":
+            raise ClosedError("an AsyncEmbedder is opened once; make another one")
+        self._loop = asyncio.get_running_loop()
+        self._state = "loading"
+        watch(self)
+        # Its one task: kept, awaited and cancelled here.
+        self._driver = self._loop.create_task(self._drive(), name="asyncembed-embedder")
+        try:
+            await self._ready.wait()
+        except BaseException:
+            self._driver.cancel()
+            raise
+        if self._error is not None:
+            await asyncio.wait([self._driver])
+            raise self._error
+        self._check_open()  # it may have been closed meanwhile
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await self.aclose(drain=kind is None)
+
+    async def aclose(self, *, drain: bool = True) -> None:
+        """Take no more requests, and end. Idempotent. Jobs on the model end with a `ClosedError`.
+
+        Cancelled while it drains, it refuses the rest with a `ClosedError`, and leaves the model's thread to end by
+        itself.
+        """
+        driver, requests = self._driver, self._requests
+        if driver is None:
+            self._state = "closed"
+            return
+        if asyncio.get_running_loop() is not (loop := driver.get_loop()):
+            if not loop.is_closed():
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.aclose(drain=drain), loop))
+            return
+        with self._handing_over:
+            if self._state in ("loading", "open"):
+                self._state = "closing"
+        if requests is None:
+            driver.cancel()
+        else:
+            try:
+                requests.engine.break_clients(self._why_ended(), but=requests.client)
+                if drain:
+                    await requests.wait_idle()
+            finally:
+                requests.fail_all(self._why_ended)
+                requests.client.stop()
+                requests.engine.close()
+        if not driver.done():
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([driver])
+
+    async def _drive(self) -> None:
+        """Load the model and work until the end; whatever ends it, everyone who waits is told."""
+        close: Callable[[], None] | None = None
+        try:
+            limits, chunkers = await self._model_thread.run(_load, self.options)
+            close = limits.close
+            thread, max_rows = self._model_thread, self.options.batch_size
+            encoder = EncoderThread(limits.encoder, limits.estimator, thread=thread, max_rows=max_rows, memory=limits)
+            sizes = (self._max_bytes, self._cache_bytes)
+            requests = Requests(Engine(encoder), chunkers, self.options, self._kind_prompts, *sizes)
+            self._requests = requests
+            self._state = "open"
+            self._ready.set()
+            async with anyio.create_task_group() as group:
+                group.start_soon(requests.client.run)
+                group.start_soon(requests.run)
+                await requests.engine.run()
+        except Exception as error:
+            self._error = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+        finally:
+            with self._handing_over:
+                self._state = "broken" if self._error is not None else "closed"
+            if self._requests is not None:
+                if self._error is not None:
+                    logger.error("the embedder has ended: %s", self._error)
+                self._requests.engine.break_clients(self._why_ended())
+                self._requests.fail_all(self._why_ended)
+            self._ready.set()
+            await self._model_thread.aclose(close)
+
+    def orphan(self) -> None:
+        """This is a child process, made by a fork: the model's thread and the event loop are the parent's."""
+        self._handing_over = threading.Lock()  # whoever held it in the parent is not here to give it back
+        self._is_orphan, self._state, self._driver, self._requests = True, "closed", None, None
+
+
+def _load(options: EmbedOptions) -> tuple[LimitMemory, InstructionChunkers]:
+    encoder = load_encoder(options)
+    chunkers = InstructionChunkers(encoder, options)
+    tell_chunk_size(encoder, options, chunkers.chunk_size)
+    return LimitMemory(encoder, options.token_limit), chunkers

@@ -1,355 +1,102 @@
 """Who asked for which text: requests, the texts they share, what each has reserved, and the answers used last.
 
-On the event loop only.
+On the event loop only, but for what checks a request.
 """
 
 from __future__ import annotations
 
 import asyncio
-import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
+import anyio.lowlevel
 import numpy as np
 
-from asyncembed.encoders import FloatMatrix, Instruction
-from asyncembed.engine.admission import AdmissionQueue, life_bytes, token_life_bytes
+from asyncembed.encoders import (
+    KINDS,
+    FloatMatrix,
+    Instruction,
+    Kind,
+    kind_prompt_of,
+    kind_task_of,
+    prompt_of,
+    task_of,
+)
+from asyncembed.engine.admission import AdmissionQueue, life_bytes
+from asyncembed.engine.chunkers import InstructionChunkers, LongTextChunkers
 from asyncembed.engine.client import EngineClient
-from asyncembed.engine.scheduler import INTERACTIVE
+from asyncembed.engine.engine import Engine
+from asyncembed.engine.scheduler import BULK, INTERACTIVE
 from asyncembed.engine.work import Work
-from asyncembed.errors import OverloadedError, TextError
-from asyncembed.records import AnyText, EmbeddedText, FloatVector, text_id
-from asyncembed.wording import plural
+from asyncembed.errors import OptionsError, OverloadedError, TextError, TextTypeError
+from asyncembed.iterables import why_other_items, without_line_ends
+from asyncembed.options import Blanks, EmbedOptions, check_prompt
+from asyncembed.records import AnyText, EmbeddedText, FloatVector, TokenText, text_id
+from asyncembed.wording import kind_of, plural, why_no_text
 
-ENTRY_OVERHEAD = 400
-"""Python objects of one entry besides text and vector, in bytes."""
-
-Key = tuple[Instruction, AnyText]
-"""What the model is told, and the text."""
+Priority = Literal["interactive", "bulk"] | int
+_CLASSES = {"interactive": INTERACTIVE, "bulk": BULK}
+_PRIORITIES = range(INTERACTIVE, 101)
 
 
-class Answer(NamedTuple):
-    """What is known of a text.
+class HowOptions(TypedDict, total=False):
+    """How a call wants its texts embedded; `AsyncEmbedder.embed` explains each."""
 
-    Attributes:
-        embedding: Shape `(dim,)` float32; None if `error` is set.
-        n_tokens: Its tokens without prompt and special tokens.
-        error: Why it cannot be embedded.
+    kind: Kind
+    prompt: str | None
+    prompt_name: str | None
+    task: str | None
+    blanks: Blanks
+    priority: Priority
+
+
+def check_how(how: Mapping[str, Any]) -> None:
+    """Refuses what no call may say.
+
+    Raises:
+        TypeError: No call has an argument of that name.
+        OptionsError: One of them cannot be.
     """
-
-    embedding: FloatVector | None
-    n_tokens: int = 0
-    error: str | None = None
-
-
-class AnswerCache:
-    """The answers used last, by instruction and text."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.n_bytes = 0
-        self.n_hits = 0
-        self._answers: OrderedDict[Key, Answer] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._answers)
-
-    def __repr__(self) -> str:
-        return f"<AnswerCache texts={len(self)} {self.n_bytes}/{self.max_bytes} bytes>"
-
-    def get(self, key: Key) -> Answer | None:
-        """The answer, if it is kept; it is then the last to go."""
-        answer = self._answers.get(key)
-        if answer is not None:
-            self.n_hits += 1
-            self._answers.move_to_end(key)
-        return answer
-
-    def put(self, key: Key, answer: Answer) -> None:
-        """Keep an answer; the least recently used go where room is short. A failure is not kept."""
-        size = _size(key, answer)
-        if answer.embedding is None or size > self.max_bytes:
-            return
-        replaced = self._answers.pop(key, None)
-        self.n_bytes += size - (_size(key, replaced) if replaced is not None else 0)
-        self._answers[key] = answer
-        while self.n_bytes > self.max_bytes:
-            oldest, gone = self._answers.popitem(last=False)
-            self.n_bytes -= _size(oldest, gone)
+    for name, value in how.items():
+        if name not in HowOptions.__annotations__:
+            names = ", ".join(HowOptions.__annotations__)
+            raise TypeError(f"{name!r} is no argument of this call; there are {names}")
+        if name in ("kind", "blanks"):
+            allowed = KINDS if name == "kind" else get_args(Blanks)
+            if value not in allowed:
+                raise OptionsError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+        elif name == "priority":
+            _number_of(value)
+        elif not isinstance(value, str | None):
+            raise OptionsError(f"{name}={value!r} must be text, or None")
+    check_prompt("prompt", how.get("prompt"))
 
 
-def _size(key: Key, answer: Answer) -> int:
-    (prompt, task, _), text = key
-    n_bytes = _text_bytes(prompt) + _text_bytes(task or "") + _text_bytes(text)
-    return ENTRY_OVERHEAD + n_bytes + (answer.embedding.nbytes if answer.embedding is not None else 0)
+def _number_of(priority: Priority) -> int:
+    """The number of a class of urgency; lower is sooner."""
+    number = _CLASSES.get(priority) if isinstance(priority, str) else priority
+    if isinstance(number, bool) or not isinstance(number, int) or number not in _PRIORITIES:
+        ends = f"{_PRIORITIES[0]} to {_PRIORITIES[-1]}"
+        raise OptionsError(f"priority={priority!r} is not 'interactive', 'bulk', or a whole number from {ends}")
+    return number
 
 
-def _text_bytes(text: AnyText) -> int:
-    if not isinstance(text, str):
-        return len(text.packed)
-    return len(text) if text.isascii() else 4 * len(text)
-
-
-class Request:
-    """One call of an app."""
-
-    def __init__(
-        self,
-        texts: Sequence[AnyText],
-        instruction: Instruction,
-        priority: int,
-        dim: int,
-        *,
-        takes_blanks: bool,
-        keep_errors: bool,
-        shape: Callable[[Request], Any],
-    ) -> None:
-        self.texts = texts
-        self.instruction = instruction
-        self.priority = priority
-        self.vectors: FloatMatrix = np.empty((len(texts), dim), np.float32)
-        self.n_tokens = [0] * len(texts)
-        self.errors: dict[int, str] = {}
-        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.open: dict[int, tuple[Work, int]] = {}
-        self.takes_blanks = takes_blanks
-        self._keep_errors = keep_errors
-        self._shape = shape
-        self._missing = len(texts)
-        if not texts:
-            self.future.set_result(shape(self))
-
-    def answer(self, index: int, answer: Answer) -> None:
-        """What became of one of the texts."""
-        if self.future.done():
-            return
-        if answer.embedding is not None:
-            self.vectors[index] = answer.embedding
-            self.n_tokens[index] = answer.n_tokens
-        elif self._keep_errors:
-            self.errors[index] = answer.error or "it has no vector"
-        else:
-            self.fail(TextError(index, str(self.texts[index]), answer.error or "it has no vector"))
-            return
-        self._missing -= 1
-        if not self._missing:
-            self.future.set_result(self._shape(self))
-
-    def fail(self, error: Exception) -> None:
-        """The request ends in an error."""
-        if not self.future.done():
-            self.future.set_exception(error)
-
-
-class Requests:
-    """Takes requests' texts in while there is room, has each computed once, and answers all who wait for it.
-
-    Half of the budget is kept for the interactive class, so that a long list of another never stands in its way.
-    """
-
-    def __init__(
-        self, client: EngineClient, dim: int, chunk_size: int, chunk_overlap: int, *, max_bytes: int, cache_bytes: int
-    ) -> None:
-        self.cache = AnswerCache(cache_bytes)
-        self.urgent = AdmissionQueue(max(1, max_bytes - max_bytes // 2))
-        self.later = AdmissionQueue(max(1, max_bytes // 2))
-        self.n_requests = 0
-        self.n_texts = 0
-        self._client = client
-        self._life = (dim, chunk_size, chunk_overlap)
-        self._works: dict[Key, Work] = {}
-        self._requests: set[Request] = set()
-        self._new: list[Work] = []
-        self._idle = asyncio.Event()
-
-    def __repr__(self) -> str:
-        return f"<Requests requests={len(self._requests)} texts={len(self._works)}>"
-
-    @property
-    def n_pending(self) -> int:
-        """Requests that have no answer yet, those that wait for room included."""
-        return len(self._requests)
-
-    def open(self, request: Request) -> None:
-        """A request begins. It ends in `leave`, also by itself as soon as its future is done."""
-        self.n_requests += 1
-        self._requests.add(request)
-        request.future.add_done_callback(lambda _: self.leave(request))
-
-    def leave(self, request: Request) -> None:
-        """The request has its answer, or nobody waits for it: what only it wanted is dropped. Idempotent."""
-        self._requests.discard(request)
-        unwanted: list[Work] = []
-        for work in dict.fromkeys([self._release(request, index) for index in list(request.open)]):
-            work.waiters = [waiter for waiter in work.waiters if waiter[0] is not request]
-            if not work.waiters:
-                self._forget(work)
-                if work.is_open:
-                    unwanted.append(work)
-        if unwanted:
-            self._client.discard(unwanted)
-        if request.future.done():
-            if not request.future.cancelled():
-                request.future.exception()  # told to its caller, or to nobody: not to the loop's log
-        else:
-            request.future.cancel()
-        if not self._requests:
-            self._idle.set()
-
-    async def admit(self, request: Request) -> None:
-        """Take the request's texts in, in pieces, as room comes. Cancelled, those that are in are left to `leave`."""
-        queue = self._queue(request)
-        for index, text in enumerate(request.texts):
-            n_bytes = self._life_bytes(text)
-            if not queue.reserve_nowait(n_bytes):
-                self.submit()  # those before it must go on, or the room would never come
-                await queue.reserve(n_bytes)
-            if request.future.done():  # one of its texts failed, or the embedder ends
-                queue.release(n_bytes)
-                break
-            self._add(request, index, n_bytes)
-            if not (index + 1) % 256:
-                self.submit()
-                await _next_turn()
-        self.submit()
-
-    def admit_nowait(self, request: Request) -> None:
-        """Take all texts in at once, or none.
-
-        Raises:
-            OverloadedError: There is no room.
-        """
-        queue, reserved = self._queue(request), list[int]()
-        sizes = [self._life_bytes(text) for text in request.texts]
-        if len(sizes) > 1 and sum(sizes) > queue.max_bytes:
-            raise OverloadedError(
-                f"{len(sizes)} texts need {sum(sizes)} bytes until they are done, and {queue.max_bytes} is all there "
-                "is for requests of their priority. Ask for fewer at once, await embed(), which lets them in piece by "
-                "piece, or raise max_pending_bytes",
-                can_fit=False,
-            )
-        for n_bytes in sizes:
-            if not queue.reserve_nowait(n_bytes):
-                for taken in reserved:
-                    queue.release(taken)
-                now = queue.statistics()
-                raise OverloadedError(
-                    f"no room for {plural(len(request.texts), 'text')}: {now.n_in_flight} with {now.reserved_bytes} of "
-                    f"{now.max_bytes} bytes are under way and {now.n_waiting} wait. Try again later, await embed(), "
-                    "which waits, or raise max_pending_bytes"
-                )
-            reserved.append(n_bytes)
-        for index, n_bytes in enumerate(reserved):
-            self._add(request, index, n_bytes)
-        self.submit()
-
-    def submit(self) -> None:
-        """Hand what was added to the engine."""
-        if self._new:
-            new, self._new = self._new, []
-            self._client.submit_nowait(new)
-
-    def fail_all(self, make: Callable[[], Exception]) -> None:
-        """Every request that waits gets an error of its own."""
-        for request in list(self._requests):
-            request.fail(make())
-
-    async def wait_idle(self) -> None:
-        """Wait until no request is left."""
-        while self._requests:
-            self._idle.clear()
-            await self._idle.wait()
-
-    def _life_bytes(self, text: AnyText) -> int:
-        """What a text reserves."""
-        if isinstance(text, str):
-            return life_bytes(text, *self._life)
-        return token_life_bytes(2 * len(text.packed), len(text), *self._life)
-
-    def _queue(self, request: Request) -> AdmissionQueue:
-        return self.urgent if request.priority <= INTERACTIVE else self.later
-
-    def _add(self, request: Request, index: int, n_bytes: int) -> None:
-        """A text that has room: answered from the cache, joined to one under way, or new."""
-        self.n_texts += 1
-        text, told = request.texts[index], request.instruction
-        if request.takes_blanks and _may_be_blank(text):  # all others share their work with those who take no blanks
-            told = told._replace(blanks="encode")
-        key = (told, text)
-        known = self.cache.get(key)
-        if known is not None:
-            self._queue(request).release(n_bytes)
-            self._answer(request, index, known)
-            return
-        work = self._works.get(key)
-        # 1. computed this moment   2. new   3. under way for others
-        if work is not None and not work.is_pending:
-            self._queue(request).release(n_bytes)
-            self._answer(request, index, _answer_of(work))
-            return
-        if work is None:
-            work = self._works[key] = Work(self._client, text, request.priority, told)
-            self._new.append(work)
-        elif request.priority < work.priority:
-            self.submit()
-            self._client.raise_priority(work, request.priority)
-        work.waiters.append((request, index))
-        request.open[index] = (work, n_bytes)
-
-    async def run(self) -> None:
-        """Answers all who wait, until the client has ended."""
-        while waiters := await self._client.finished():
-            last, answer = None, Answer(None)
-            for request, index in waiters:
-                if index not in request.open:
-                    continue  # it left, or a failure ended the request at another place of the same text
-                work = self._release(request, index)
-                if work is not last:
-                    last, answer = work, _answer_of(work)
-                    self._forget(work)
-                    self.cache.put((work.instruction, work.text), answer)
-                self._answer(request, index, answer)
-
-    def _forget(self, work: Work) -> None:
-        key = (work.instruction, work.text)
-        if self._works.get(key) is work:
-            del self._works[key]
-
-    def _answer(self, request: Request, index: int, answer: Answer) -> None:
-        request.answer(index, answer)
-        if request.future.done():
-            self.leave(request)
-
-    def _release(self, request: Request, index: int) -> Work:
-        work, n_bytes = request.open.pop(index)
-        self._queue(request).release(n_bytes)
-        return work
-
-
-def _answer_of(work: Work) -> Answer:
-    return Answer(work.embedding, work.n_tokens, work.error)
-
-
-MOST_LOOKED_AT = 200
-"""Characters of the longest text whose characters are looked at one by one, on the event loop."""
-
-
-def _may_be_blank(text: AnyText) -> bool:
-    """Whether a text has nothing but blanks, control characters and marks; a long one: nothing but blanks."""
-    if not isinstance(text, str):
-        return False
-    if len(text) > MOST_LOOKED_AT or text.isspace():
-        return text.isspace()
-    return all(unicodedata.category(character)[0] in "ZCM" for character in text)
-
-
-async def _next_turn() -> None:
-    """Let the other tasks of the loop have a turn."""
-    turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    asyncio.get_running_loop().call_soon(lambda: None if turn.done() else turn.set_result(None))
-    await turn
+def _listed(texts: object) -> list[Any]:
+    """A text alone, or the items of anything that has an order, as a list of its own."""
+    if isinstance(texts, (str, TokenText)):
+        return [texts]
+    hint = ""
+    if isinstance(texts, (bytes, bytearray, memoryview)):
+        hint = "; decode it first"
+    elif isinstance(texts, (Mapping, set, frozenset)):
+        hint = "; pass its texts in a list"
+    elif (reason := why_other_items(texts)) is not None:
+        raise TextTypeError(reason)
+    elif hasattr(texts, "__iter__") or hasattr(texts, "__getitem__"):
+        return list(without_line_ends(texts))
+    raise TextTypeError(f"a text or a list of texts is needed, not {kind_of(texts)}{hint}")
 
 
 class CountedVectors(NamedTuple):
@@ -364,44 +111,308 @@ class CountedVectors(NamedTuple):
     n_tokens: list[int]
 
 
-def vector_of(request: Request) -> FloatVector:
-    """The only vector, shape `(dim,)`."""
-    vector: FloatVector = request.vectors[0]
-    return vector
+class Request:
+    """One call of an app, checked when it is made; it begins when the model is there.
+
+    Raises:
+        TextTypeError: The texts are neither a text nor a list, or one of the list is none and no record can say so.
+        TypeError: No call has an argument of that name.
+        OptionsError: An argument cannot be.
+    """
+
+    instruction: Instruction
+    vectors: FloatMatrix
+    future: asyncio.Future[Any]
+
+    def __init__(
+        self, texts: object, how: Mapping[str, Any], gives: Literal["vectors", "counted", "records"] = "vectors"
+    ) -> None:
+        items = _listed(texts)
+        kinds, names = ((str, TokenText), " or TokenText") if gives == "counted" else (str, "")
+        wrong = [index for index, item in enumerate(items) if not isinstance(item, kinds)]
+        self.errors = {index: why_no_text(f"item {index}", items[index]) + names for index in wrong}
+        if wrong and gives != "records":
+            raise TextTypeError(self.errors[wrong[0]])
+        check_how(how)
+        self.texts: list[AnyText] = ["" if index in self.errors else item for index, item in enumerate(items)]
+        self.how = how
+        self.priority = _number_of(how.get("priority", INTERACTIVE))
+        self.n_tokens = [0] * len(items)
+        self.open: dict[int, tuple[Work, int]] = {}
+        self._gives = gives
+        self._is_one = isinstance(texts, str)
+        self._no_texts = set(wrong)
+        self._missing = len(items) - len(wrong)
+
+    def begin(self, instruction: Instruction, dim: int) -> None:
+        """The model is there."""
+        self.instruction = instruction
+        self.vectors = np.empty((len(self.texts), dim), np.float32)
+        self.future = asyncio.get_running_loop().create_future()
+        if not self._missing:
+            self.future.set_result(self._result())
+
+    def answer(self, index: int, embedding: FloatVector | None, n_tokens: int, error: str | None = None) -> None:
+        """What became of one of the texts."""
+        if self.future.done():
+            return
+        if embedding is not None:
+            self.vectors[index] = embedding
+            self.n_tokens[index] = n_tokens
+        else:
+            self.errors[index] = error or "it has no vector"
+            if self._gives != "records":
+                self.fail(TextError(index, str(self.texts[index]), self.errors[index]))
+                return
+        self._missing -= 1
+        if not self._missing:
+            self.future.set_result(self._result())
+
+    def fail(self, error: Exception) -> None:
+        """The request ends in an error."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def _result(self) -> Any:
+        if self._gives == "counted":
+            return CountedVectors(self.vectors, self.n_tokens)
+        if self._gives == "vectors":
+            return self.vectors[0] if self._is_one else self.vectors
+        return [
+            EmbeddedText(
+                id="" if index in self._no_texts else text_id(str(text)),
+                index=index,
+                key=None,
+                text=str(text),
+                embedding=None if index in self.errors else self.vectors[index],
+                n_tokens=self.n_tokens[index],
+                error=self.errors.get(index),
+            )
+            for index, text in enumerate(self.texts)
+        ]
 
 
-def matrix_of(request: Request) -> FloatMatrix:
-    """All vectors, shape `(n, dim)`."""
-    return request.vectors
+Key = tuple[Instruction, AnyText]
+
+ENTRY_OVERHEAD = 400
+"""Python objects of one entry besides text and vector, in bytes."""
 
 
-def counted_of(request: Request) -> CountedVectors:
-    """All vectors, and their tokens."""
-    return CountedVectors(request.vectors, request.n_tokens)
+class AnswerCache:
+    """The vectors used last, with the tokens of their texts; the least recently used go where room is short."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.n_bytes = self.n_hits = 0
+        self._answers: OrderedDict[Key, tuple[FloatVector, int, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def get(self, key: Key) -> tuple[FloatVector, int] | None:
+        """The answer, if it is kept; it is then the last to go."""
+        if key not in self._answers:
+            return None
+        self.n_hits += 1
+        self._answers.move_to_end(key)
+        return self._answers[key][:2]
+
+    def put(self, key: Key, embedding: FloatVector, n_tokens: int) -> None:
+        """Keeps an answer, if it is not larger than all there is."""
+        (prompt, task, _), text = key
+        size = ENTRY_OVERHEAD + embedding.nbytes
+        for part in (prompt, task or "", text):
+            size += len(part) if isinstance(part, str) and part.isascii() else 4 * len(part)
+        if key in self._answers or size > self.max_bytes:
+            return
+        self._answers[key] = (embedding, n_tokens, size)
+        self.n_bytes += size
+        while self.n_bytes > self.max_bytes:
+            _, (_, _, gone) = self._answers.popitem(last=False)
+            self.n_bytes -= gone
 
 
-def records_of(request: Request) -> list[EmbeddedText]:
-    """A record for each text."""
-    return [
-        EmbeddedText(
-            id=text_id(str(text)),
-            index=index,
-            key=None,
-            text=str(text),
-            embedding=None if index in request.errors else request.vectors[index],
-            n_tokens=request.n_tokens[index],
-            error=request.errors.get(index),
+class Requests:
+    """Takes requests' texts in while there is room, has each computed once, and answers all who wait for it.
+
+    Half of the budget is kept for the interactive class, so that a long list of another never stands in its way.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        chunkers: InstructionChunkers,
+        options: EmbedOptions,
+        kind_prompts: Mapping[Kind, str | None],
+        max_bytes: int,
+        cache_bytes: int,
+    ) -> None:
+        self.engine = engine
+        self.dim = min(engine.encoder.dim, options.truncate_dim or engine.encoder.dim)
+        self.client = EngineClient(
+            engine,
+            chunkers,
+            chunk_long=LongTextChunkers(engine.encoder, options),
+            normalize=options.normalize_embeddings,
+            truncate_dim=options.truncate_dim,
         )
-        for index, text in enumerate(request.texts)
-    ]
+        self.cache = AnswerCache(cache_bytes)
+        self.urgent = AdmissionQueue(max(1, max_bytes - max_bytes // 2))
+        self.later = AdmissionQueue(max(1, max_bytes // 2))
+        self.n_requests = self.n_texts = 0
+        self._options = options
+        self._kind_prompts = kind_prompts
+        self._life = (engine.encoder.dim, chunkers.chunk_size, options.chunk_overlap)
+        self._works: dict[Key, Work] = {}
+        self._requests: set[Request] = set()
 
+    def __repr__(self) -> str:
+        return f"<Requests requests={len(self._requests)} texts={len(self._works)}>"
 
-def with_faults(records: Sequence[EmbeddedText], faults: Mapping[int, str]) -> list[EmbeddedText]:
-    """Records of the texts, and between them, where each was, those of the items that were no texts."""
-    rest = iter(records)
-    return [
-        EmbeddedText(id="", index=index, key=None, text="", embedding=None, error=faults[index])
-        if index in faults
-        else replace(next(rest), index=index)
-        for index in range(len(records) + len(faults))
-    ]
+    def __len__(self) -> int:
+        """Requests that have no answer yet, those that wait for room included."""
+        return len(self._requests)
+
+    async def ask(self, request: Request) -> Any:
+        """The answer to a request, whose texts go in by pieces as room comes. Cancelled, it leaves."""
+        self._begin(request)
+        queue = self._queue(request)
+        try:
+            for index, text in enumerate(request.texts):
+                if index in request.errors:
+                    continue
+                n_bytes = life_bytes(text, *self._life)
+                await queue.reserve(n_bytes)
+                if request.future.done():  # one of its texts failed, or the embedder ends
+                    queue.release(n_bytes)
+                    break
+                self._add(request, index, n_bytes)
+                if not (index + 1) % 256:
+                    await anyio.lowlevel.checkpoint()
+            return await request.future
+        finally:
+            self._leave(request)
+
+    def ask_nowait(self, request: Request) -> asyncio.Future[Any]:
+        """Takes all texts in at once, or none: a future of the answer.
+
+        Raises:
+            OverloadedError: There is no room.
+        """
+        self._begin(request)
+        try:
+            for index, n_bytes in enumerate(self._reserve_nowait(request)):
+                self._add(request, index, n_bytes)
+        except BaseException:
+            self._leave(request)
+            raise
+        return request.future
+
+    def _reserve_nowait(self, request: Request) -> list[int]:
+        """Reserves the life of every text, or of none: their bytes."""
+        queue = self._queue(request)
+        sizes = [life_bytes(text, *self._life) for text in request.texts]
+        taken = list(takewhile(queue.reserve_nowait, sizes))
+        if len(taken) == len(sizes):
+            return sizes
+        for n_bytes in taken:
+            queue.release(n_bytes)
+        now, can_fit = queue.statistics(), len(sizes) == 1 or sum(sizes) <= queue.max_bytes
+        raise OverloadedError(
+            f"no room for {plural(len(sizes), 'text')} of {sum(sizes)} bytes until they are done: {now.n_in_flight} "
+            f"with {now.reserved_bytes} of {now.max_bytes} bytes are under way and {now.n_waiting} wait. "
+            f"{'Try again later' if can_fit else 'Ask for fewer at once'}, await embed(), which lets them in piece by "
+            "piece, or raise max_pending_bytes",
+            can_fit=can_fit,
+        )
+
+    def fail_all(self, make: Callable[[], Exception]) -> None:
+        """Every request that waits gets an error of its own."""
+        for request in self._requests:
+            request.fail(make())
+
+    async def wait_idle(self) -> None:
+        """Waits until no request is left."""
+        while self._requests:
+            await asyncio.wait([request.future for request in self._requests])
+
+    async def run(self) -> None:
+        """Answers all who wait, until the client has ended."""
+        while waiters := await self.client.finished():
+            for request, index in waiters:
+                if index not in request.open:
+                    continue  # it left
+                work = self._release(request, index)
+                self._forget(work)
+                if work.embedding is not None:
+                    self.cache.put((work.instruction, work.text), work.embedding, work.n_tokens)
+                request.answer(index, work.embedding, work.n_tokens, work.error)
+
+    def _begin(self, request: Request) -> None:
+        """Takes a request up; it leaves by itself as soon as its future is done."""
+        encoder, how = self.engine.encoder, request.how
+        kind, task = how.get("kind", "text"), how.get("task")
+        given = (how.get("prompt"), how.get("prompt_name"))
+        if given == (None, None):
+            given = (self._kind_prompts.get(kind), None)
+        prompt = kind_prompt_of(encoder, kind, self._options) if given == (None, None) else prompt_of(encoder, *given)
+        task = kind_task_of(encoder, kind, self._options) if task is None else task_of(encoder, task)
+        request.begin(Instruction(prompt, task), self.dim)
+        self.n_requests += 1
+        self._requests.add(request)
+        request.future.add_done_callback(lambda _: self._leave(request))
+
+    def _leave(self, request: Request) -> None:
+        """The request has its answer, or nobody waits for it: what only it wanted is dropped. Idempotent."""
+        self._requests.discard(request)
+        works = dict.fromkeys([self._release(request, index) for index in list(request.open)])
+        for work in works:
+            work.waiters = [waiter for waiter in work.waiters if waiter[0] is not request]
+        unwanted = [work for work in works if not work.waiters]
+        for work in unwanted:
+            self._forget(work)
+        if unwanted:
+            self.client.discard(unwanted)
+        if not request.future.done():
+            request.future.cancel()
+        elif not request.future.cancelled():
+            request.future.exception()  # told to its caller, or to nobody: not to the loop's log
+
+    def _add(self, request: Request, index: int, n_bytes: int) -> None:
+        """A text that has room: answered from the cache, joined to one under way, or new."""
+        self.n_texts += 1
+        text, told = request.texts[index], request.instruction
+        if request.how.get("blanks") == "encode" and isinstance(text, str) and not any(map(str.isalnum, text[:200])):
+            told = told._replace(blanks="encode")  # all others share their work with those who take no blanks
+        key = (told, text)
+        if (known := self.cache.get(key)) is not None:
+            self._queue(request).release(n_bytes)
+            request.answer(index, *known)
+            return
+        work = self._works.get(key)
+        is_new = work is None
+        if work is None:
+            work = self._works[key] = Work(self.client, text, request.priority, told)
+        request.open[index] = (work, n_bytes)
+        if not work.is_pending:  # computed this moment
+            self.client.pass_on([(request, index)])
+            return
+        work.waiters.append((request, index))
+        if is_new:
+            self.client.submit_nowait([work])
+        elif request.priority < work.priority:
+            self.client.raise_priority(work, request.priority)
+
+    def _forget(self, work: Work) -> None:
+        """From now on the text would be a new one."""
+        key = (work.instruction, work.text)
+        if self._works.get(key) is work:
+            del self._works[key]
+
+    def _queue(self, request: Request) -> AdmissionQueue:
+        return self.urgent if request.priority <= INTERACTIVE else self.later
+
+    def _release(self, request: Request, index: int) -> Work:
+        work, n_bytes = request.open.pop(index)
+        self._queue(request).release(n_bytes)
+        return work

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+from asyncembed.records import AnyText, TokenText
+
 logger = logging.getLogger("asyncembed")
 
 BYTES_PER_TOKEN_ID = 4
@@ -16,20 +18,19 @@ RECORD_OVERHEAD = 1500
 """Python objects of one text in flight: strings, arrays and records, measured with tracemalloc."""
 
 
-def life_bytes(text: str, dim: int, max_tokens: int, overlap: int = 0) -> int:
+def life_bytes(text: AnyText, dim: int, max_tokens: int, overlap: int = 0) -> int:
     """An up-front estimate of what a text takes until its record is delivered, in bytes.
 
     The text itself, its token ids as int32, a vector for each chunk, and the encoded JSON with the text again.
     Tokens are taken as two for three bytes of UTF-8: three times what English prose has, and just enough for code
     and for scripts that a vocabulary cuts into letters, where chunks are not quite full either.
     """
-    n_bytes = len(text) if text.isascii() else 4 * len(text)
-    n_encoded = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-    return token_life_bytes(n_bytes, 2 * n_encoded // 3 + 1, dim, max_tokens, overlap)
-
-
-def token_life_bytes(n_bytes: int, n_tokens: int, dim: int, max_tokens: int, overlap: int = 0) -> int:
-    """The same for a text of so many tokens."""
+    if isinstance(text, TokenText):
+        n_bytes, n_tokens = 2 * len(text.packed), len(text)
+    elif text.isascii():
+        n_bytes, n_tokens = len(text), 2 * len(text) // 3 + 1
+    else:
+        n_bytes, n_tokens = 4 * len(text), 2 * len(text.encode("utf-8", "surrogatepass")) // 3 + 1
     n_chunks = max(0, n_tokens - overlap) // max(1, max_tokens - overlap) + 1
     if n_chunks > 1 and overlap:  # every chunk but the first repeats so many tokens, as ids and as text
         repeated = 1 + overlap / max(1, max_tokens - overlap)

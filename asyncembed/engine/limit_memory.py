@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import psutil
 from asyncembed.cache import cache_folder, write_small
 from asyncembed.encoders import Encoder
 from asyncembed.engine.limits import LearntLimit, estimator_for
-from asyncembed.engine.memory import available_bytes, memory_bound, peak_rss_bytes, rss_bytes, tokens_that_fit
+from asyncembed.engine.memory import available_bytes, memory_bound, peak_rss_bytes, rss_bytes
 from asyncembed.errors import KilledBeforeError
 from asyncembed.records import Batch
 
@@ -57,31 +57,22 @@ _DAMAGED = (ValueError, KeyError, TypeError, OverflowError)
 
 @dataclass(slots=True)
 class _Known:
-    """What is remembered of a model on a device.
-
-    Attributes:
-        learnt: The limit and the size, in padded tokens; None if nothing was learnt.
-        largest: The largest batch in padded tokens that has run here; 0 if none has.
-        bytes_per_token: What a padded token of it took while it ran; None if that was never measured.
-        tuned_at: When the fastest size was found, in seconds since 1970; None if it was not.
-        killed_on: When a run was killed last, in seconds since 1970; None if none was.
-        deaths: How often a run was killed while one chunk ran and nothing beside it, by the digest of the chunk.
-    """
+    """What is remembered of a model on a device; sizes are in padded tokens, times in seconds since 1970."""
 
     learnt: LearntLimit | None = None
-    largest: int = 0
-    bytes_per_token: float | None = None
-    tuned_at: float | None = None
-    killed_on: float | None = None
-    deaths: dict[str, int] = field(default_factory=dict)
+    largest: int = 0  # the largest batch that has run here
+    bytes_per_token: float | None = None  # what a padded token of it took while it ran
+    tuned_at: float | None = None  # when the fastest size was found
+    killed_on: float | None = None  # when a run was killed last
+    deaths: dict[str, int] = field(default_factory=dict)  # how often, while a chunk ran alone, by its digest
 
 
 class LimitMemory:
     """The estimator of a run, begun with what earlier runs learnt, and what is to be told of each batch.
 
     A batch is told of in the model's thread, with what the estimator has learnt by then: it belongs to the event loop.
-    With a `token_limit` of the user's own nothing is remembered. The disk is touched only when a batch is larger than
-    any that has run on this machine, or when something was learnt that the next run should know.
+    With a `token_limit` of the user's own nothing is remembered (`is_kept`). The disk is touched only when a batch is
+    larger than any that has run on this machine, or when something was learnt that the next run should know.
     """
 
     def __init__(
@@ -93,34 +84,27 @@ class LimitMemory:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.encoder = encoder
+        self.is_kept = token_limit is None
         self._clock = clock
         self._facts = _facts_of(encoder)
         key = hashlib.sha256(json.dumps([_FORMAT, self._facts], sort_keys=True).encode()).hexdigest()[:40]
         self.path = (folder if folder is not None else cache_folder() / "limits") / f"{key}.json"
         self._note = self.path.with_suffix(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.trial")
         self._has_warned = False
-        self._is_kept = token_limit is None
         self._known = _Known()
-        if self._is_kept:
+        if self.is_kept:
             self._load()
             self._learn_deaths()
-        learnt = self._known.learnt
-        self._killed_at = learnt.killed_at if learnt is not None else None
-        self.estimator = estimator_for(encoder.device, token_limit, learnt=learnt, slots=encoder.slots)
+        self.estimator = estimator_for(encoder.device, token_limit, learnt=self._known.learnt, slots=encoder.slots)
         self._shares_memory = encoder.device.split(":")[0] in ("cpu", "mps")
         self._learnt = self.estimator.learnt()
         self._trial: int | None = None
-        self._rss_before = self._peak_before = 0
+        self._before = (0, 0)  # resident memory and its peak when the trial began
         self._n_batches = 0
         self._look()
 
     def __repr__(self) -> str:
         return f"<LimitMemory {self.estimator!r} largest={self._known.largest} {self.path}>"
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether anything is remembered, so that batches must be told of."""
-        return self._is_kept
 
     def suspect(self, batch: Batch) -> str | None:
         """The digest of a batch's only chunk if a run was killed in a batch no larger: such a chunk runs alone.
@@ -128,12 +112,13 @@ class LimitMemory:
         Raises:
             KilledBeforeError: It ran alone at two deaths, and would kill every run.
         """
-        if len(batch.chunks) > 1 or (self._killed_at is None and not self._known.deaths):
+        killed_at = self._learnt.killed_at
+        if len(batch.chunks) > 1 or (killed_at is None and not self._known.deaths):
             return None
         chunk = hashlib.sha256(batch.chunks[0].ids.tobytes()).hexdigest()[:32]
         if self._known.deaths.get(chunk, 0) >= DEATHS_TO_GIVE_UP:
             raise KilledBeforeError(batch.padded_tokens)
-        return chunk if self._killed_at is not None and batch.padded_tokens >= self._killed_at else None
+        return chunk if killed_at is not None and batch.padded_tokens >= killed_at else None
 
     def survived(self, chunk: str) -> None:
         """Forgets the deaths of a chunk that has run alone: they were not its fault."""
@@ -158,7 +143,7 @@ class LimitMemory:
             process = psutil.Process()
             note = {"n_tokens": n_tokens, "chunk": chunk, "pid": process.pid, "started": process.create_time()}
             self._write(self._note, {**note, "host": socket.gethostname()}, flush=True)
-            self._rss_before, self._peak_before = rss_bytes(), peak_rss_bytes()
+            self._before = (rss_bytes(), peak_rss_bytes())
 
     def after(self, n_tokens: int, error: BaseException | None = None) -> None:
         """Removes the note of a batch that has run, or ended in an error: the process survived it."""
@@ -167,15 +152,15 @@ class LimitMemory:
         if error is None:
             self._known.largest = n_tokens
             peak = peak_rss_bytes()
-            if self._shares_memory and peak > max(self._peak_before, self._rss_before):
-                self._known.bytes_per_token = (peak - self._rss_before) / n_tokens
+            if self._shares_memory and peak > max(self._before):
+                self._known.bytes_per_token = (peak - self._before[0]) / n_tokens
                 self._look()
             self.save()  # first: a note may outlive the batch, but must not be gone before it is known to have run
         self._end_trial()
 
     def save(self) -> None:
         """Keep what is known now."""
-        if not self._is_kept:
+        if not self.is_kept:
             return
         known, learnt = self._known, self._learnt
         before, known.learnt = known.learnt, learnt
@@ -200,13 +185,24 @@ class LimitMemory:
             self._note.unlink(missing_ok=True)
 
     def _load(self) -> None:
-        """Read what earlier runs left."""
+        """Reads what earlier runs left, without what is too old."""
         try:
-            self._known = _decode(json.loads(self.path.read_bytes()), self._clock())
+            data = json.loads(self.path.read_bytes())
+            remembered = data["remembered"]
+            if data["digest"] != _digest(remembered):
+                raise ValueError("it is damaged")
+            known = _Known(**remembered)
+            learnt = LearntLimit(**remembered["learnt"])
         except FileNotFoundError:
-            pass
+            return
         except (OSError, *_DAMAGED) as error:
             logger.info("what was learnt of batches cannot be read from %s (%s); it is learnt anew", self.path, error)
+            return
+        now = self._clock()
+        if not 0 <= now - (known.killed_on or inf) < FORGET_KILL_AFTER_S:
+            learnt = replace(learnt, killed_at=None)
+        is_old = not 0 <= now - (known.tuned_at or inf) < RETUNE_AFTER_S
+        known.learnt, self._known = replace(learnt, is_old=is_old), known
 
     def _learn_deaths(self) -> None:
         """Learn from the notes of processes that died, and remove these.
@@ -214,37 +210,33 @@ class LimitMemory:
         A note of another host is left alone, and dropped after a week: no batch takes so long. Of two processes that
         look at once, only one is told of a note.
         """
-        killed_at: list[int] = []
+        known, killed_at = self._known, list[int]()
         for note in self.path.parent.glob(f"{self.path.stem}.*.trial"):
+            death = None
             try:
-                death = _death_in(json.loads(note.read_bytes()))
-                if death is None and self._clock() - note.stat().st_mtime < FORGET_KILL_AFTER_S:
-                    continue
+                with suppress(*_DAMAGED):
+                    death = _death_in(json.loads(note.read_bytes()))
+                    if death is None and self._clock() - note.stat().st_mtime < FORGET_KILL_AFTER_S:
+                        continue
                 note.unlink()
             except OSError:
-                continue
-            except _DAMAGED:
-                with suppress(OSError):
-                    note.unlink()
                 continue
             if death is not None:
                 n_tokens, chunk = death
                 killed_at.append(n_tokens)
                 if chunk is not None:
-                    self._known.deaths[chunk] = self._known.deaths.get(chunk, 0) + 1
+                    known.deaths[chunk] = known.deaths.get(chunk, 0) + 1
         if killed_at:
-            known, smallest = self._known, min(killed_at)
+            smallest = min(killed_at)
             known.learnt = (known.learnt or LearntLimit(limit=smallest)).after_kill(smallest)
             known.largest = min(known.largest, int((smallest - 1) / LARGER))
             known.killed_on = self._clock()
             self._store()
 
     def _store(self) -> None:
-        """Write the file, in place of what was there."""
+        """Writes the file, in place of what was there."""
         remembered = asdict(self._known)
-        remembered |= remembered.pop("learnt")
-        del remembered["is_old"]
-        self._write(self.path, {**self._facts, "remembered": remembered})
+        self._write(self.path, {**self._facts, "remembered": remembered, "digest": _digest(remembered)})
 
     def _write(self, path: Path, data: Mapping[str, Any], *, flush: bool = False) -> None:
         """Write a file. A cache that cannot be written is warned of once."""
@@ -256,14 +248,20 @@ class LimitMemory:
                 logger.warning("what is learnt of batches cannot be kept for the next run: %s", error)
 
     def _look(self) -> None:
-        """Heed how much memory is free: where it is the process's own, running out of it is a kill."""
+        """Keeps batches to half of the free memory, where running out of it is a kill; neighbours take of the rest."""
         per_token = self._known.bytes_per_token
         if self._shares_memory and per_token is not None:
-            self.estimator.keep_below(tokens_that_fit(available_bytes(), per_token, self.encoder.slots))
+            self.estimator.keep_below(int(available_bytes() / (2 * self.encoder.slots * per_token)))
 
 
 def _facts_of(encoder: Encoder) -> dict[str, Any]:
     """What decides about an encoder's batches: the model, what runs it, and on what machine."""
+    device_memory = ""
+    if encoder.device.startswith("cuda"):
+        import torch
+
+        facts = torch.cuda.get_device_properties(torch.device(encoder.device))
+        device_memory = f"{facts.name} {facts.total_memory}"
     return {
         "model": str(Path(encoder.name).resolve()) if os.path.isdir(encoder.name) else encoder.name,
         "dim": encoder.dim,
@@ -271,26 +269,19 @@ def _facts_of(encoder: Encoder) -> dict[str, Any]:
         "backend": encoder.backend,
         "dtype": encoder.dtype,
         "device": encoder.device,
-        "device_memory": _device_memory(encoder.device),
+        "device_memory": device_memory,
         "cpus": os.cpu_count(),
         "memory": memory_bound() // MEMORY_STEP * MEMORY_STEP,
     }
 
 
-def _device_memory(device: str) -> str:
-    """A GPU's name and memory; empty for a CPU."""
-    if not device.startswith("cuda"):
-        return ""
-    import torch
-
-    facts = torch.cuda.get_device_properties(torch.device(device))
-    return f"{facts.name} {facts.total_memory}"
+def _digest(remembered: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(remembered, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _death_in(note: Any) -> tuple[int, str | None] | None:
     """The tokens of a note's batch and its chunk, if its process has died here; else None."""
-    n_tokens, chunk = _number(note["n_tokens"]), note.get("chunk")
-    pid, started = int(note["pid"]), float(note["started"])
+    n_tokens, chunk, pid, started = int(note["n_tokens"]), note["chunk"], int(note["pid"]), float(note["started"])
     if note["host"] != socket.gethostname():
         return None
     # A process's number is used again: only one that started then is the same.
@@ -300,32 +291,4 @@ def _death_in(note: Any) -> tuple[int, str | None] | None:
                 return None
         except psutil.AccessDenied:
             return None
-    return n_tokens, chunk if isinstance(chunk, str) else None
-
-
-def _decode(data: Any, now: float) -> _Known:
-    """What a file holds, without what is too old."""
-    found = data["remembered"]
-    sizes = {name: _number(found[name], or_none=True) for name in ("failed_at", "killed_at", "fastest")}
-    times = {name: _number(found[name], float, or_none=True) for name in ("tuned_at", "killed_on")}
-    if not 0 <= now - (times["killed_on"] or inf) < FORGET_KILL_AFTER_S:
-        sizes["killed_at"] = None
-    is_old = not 0 <= now - (times["tuned_at"] or inf) < RETUNE_AFTER_S
-    successes = _number(found["successes"], least=0)
-    return _Known(
-        LearntLimit(limit=_number(found["limit"]), successes=successes, is_old=is_old, **sizes),
-        _number(found["largest"], least=0),
-        _number(found["bytes_per_token"], float, or_none=True),
-        deaths={chunk: _number(count) for chunk, count in dict(found.get("deaths", {})).items()},
-        **times,
-    )
-
-
-def _number(value: Any, kind: type = int, *, least: int = 1, or_none: bool = False) -> Any:
-    if value is None and or_none:
-        return None
-    if kind is float and type(value) in (int, float) and 0 < value < inf:
-        return float(value)
-    if kind is int and type(value) is int and value >= least:
-        return value
-    raise ValueError(f"{value!r} is not what was stored")
+    return n_tokens, chunk

@@ -95,14 +95,6 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def tokens_that_fit(n_free: int, bytes_per_token: float, slots: int = 1) -> int:
-    """Padded tokens of a batch for which half of the free memory is enough, `slots` of them at once; at least 1.
-
-    The other half is for the texts in flight, and for what neighbours take in the meantime.
-    """
-    return max(1, int(n_free / (2 * slots * bytes_per_token)))
-
-
 class MemoryBudget:
     """The bytes that texts in flight may take."""
 

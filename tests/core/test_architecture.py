@@ -47,7 +47,7 @@ WRITTEN_FOR = {"langchain.py": {"langchain_core"}}
 FORBIDDEN_CALLS = {"create_task", "ensure_future", "gather", "sleep", "print", "new_event_loop", "run_in_executor"}
 EXCEPTIONS = {
     ("stream.py", "create_task"): "the driver of the job: kept, awaited and cancelled by the stream",
-    ("embedder/life.py", "create_task"): "the driver of the engine: kept, awaited and cancelled by the embedder",
+    ("embedder/embedder.py", "create_task"): "the driver of the engine: kept, awaited and cancelled by the embedder",
     ("sources/feed.py", "create_task"): "the puller of an async source: kept, awaited and cancelled by its owner",
     ("store/store.py", "ensure_future"): "a commit outlives the cancellation of the task that waits for it",
     ("cli/run.py", "create_task"): "the way out while the model is being loaded: kept, and ends with the process",
@@ -213,7 +213,7 @@ def test_exceptions_are_still_needed(module: str, name: str) -> None:
     assert name in calls(ast.parse((PACKAGE / module).read_text()))
 
 
-MOST_LINES, MOST_FILES = 17_695, 89
+MOST_LINES, MOST_FILES = 17_250, 87
 """The package may shrink; whoever makes it grow raises these, and says in the commit who needs what was added."""
 
 

@@ -17,25 +17,15 @@ from hypothesis import strategies as st
 
 from asyncembed import EmbeddingGenerator, embed_stream
 from asyncembed.encoders import FloatMatrix
-from asyncembed.engine.limit_memory import FORGET_KILL_AFTER_S, RETUNE_AFTER_S, LimitMemory
-from asyncembed.engine.memory import tokens_that_fit
+from asyncembed.engine.limit_memory import FORGET_KILL_AFTER_S, RETUNE_AFTER_S, LimitMemory, _digest
+from asyncembed.engine.limits import initial_limit
 from asyncembed.engine.model_thread import ModelRunner
 from asyncembed.records import Batch
 from tests.core.fakes import chunk
 from tests.fakes import FakeEncoder
 
-SEEN = {
-    "limit": 700,
-    "failed_at": 1000,
-    "killed_at": None,
-    "fastest": 600,
-    "successes": 3,
-    "largest": 690,
-    "bytes_per_token": None,
-    "tuned_at": 5.0,
-    "killed_on": None,
-    "deaths": {},
-}
+LEARNT = {"limit": 700, "failed_at": 1000, "killed_at": None, "fastest": 600, "successes": 3, "is_old": False}
+SEEN = {"learnt": LEARNT, "largest": 690, "bytes_per_token": None, "tuned_at": 5.0, "killed_on": None, "deaths": {}}
 """What a file holds."""
 
 
@@ -74,15 +64,20 @@ def store(folder: Path, encoder: FakeEncoder, **changes: object) -> Path:
     memory = LimitMemory(encoder, folder=folder)
     run_batch(memory, 10)
     memory.close()
-    data = json.loads(memory.path.read_bytes())
-    assert data["remembered"].keys() == SEEN.keys()
-    memory.path.write_text(json.dumps({**data, "remembered": {**SEEN, **changes}}))
+    assert stored(memory.path).keys() == {*SEEN, *LEARNT}
+    learnt = {name: changes.pop(name, value) for name, value in LEARNT.items()}
+    put(memory.path, {**SEEN, **changes, "learnt": learnt})
     return memory.path
+
+
+def put(path: Path, remembered: dict[str, Any]) -> None:
+    data = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**data, "remembered": remembered, "digest": _digest(remembered)}))
 
 
 def stored(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_bytes())["remembered"]
-    return found
+    return {**found, **found["learnt"]}
 
 
 # --- the file ---
@@ -93,7 +88,7 @@ def test_memory_keeps_what_was_stored_and_leaves_one_file(tmp_path: Path) -> Non
     memory = LimitMemory(gpu(), folder=tmp_path, clock=lambda: 6.0)
     assert (memory.estimator(), memory.estimator.failed_at) == (600, 1000)
     memory.close()
-    assert stored(path) == {**SEEN, "limit": 500}  # no larger one is proven
+    assert json.loads(path.read_bytes())["remembered"] == {**SEEN, "learnt": {**LEARNT, "limit": 500}}  # none is proven
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -123,13 +118,6 @@ def test_memory_of_a_damaged_file_is_nothing_or_sound(
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     assert 1 <= LimitMemory(FakeEncoder(), folder=folder).estimator() <= 1024
-
-
-@pytest.mark.parametrize("name", [name for name in SEEN if name != "deaths"])
-@pytest.mark.parametrize("value", [-1, True, "7", [], {}, float("nan"), float("inf")])
-def test_memory_with_a_number_that_cannot_be_is_nothing(name: str, value: object, tmp_path: Path) -> None:
-    store(tmp_path, FakeEncoder(), **{name: value})
-    assert LimitMemory(FakeEncoder(), folder=tmp_path).estimator.failed_at is None
 
 
 def test_memory_that_cannot_be_written_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -326,7 +314,7 @@ def test_note_that_is_damaged_is_dropped(damage: str, tmp_path: Path) -> None:
 def test_batch_as_large_as_one_that_killed_is_noted_though_another_run_had_larger_ones(tmp_path: Path) -> None:
     path = store(tmp_path, gpu(), largest=50)
     die(tmp_path, 100)
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), "remembered": {**SEEN, "largest": 690}}))
+    put(path, SEEN)
     notes: list[Path] = []
     run_batch(LimitMemory(gpu(lambda _: notes.extend(tmp_path.glob("*.trial"))), folder=tmp_path), 100)
     assert len(notes) == 1
@@ -409,24 +397,20 @@ def test_memory_is_held_however_fast_the_source_is(n_texts: int, n_chars: int) -
 # --- headroom ---
 
 
-@given(n_free=st.integers(0, 1 << 40), per_token=st.floats(1, 1e6), slots=st.integers(1, 64))
-def test_tokens_that_fit_leave_half_of_the_memory(n_free: int, per_token: float, slots: int) -> None:
-    fitting = tokens_that_fit(n_free, per_token, slots)
-    assert fitting >= 1
-    assert fitting == 1 or fitting * per_token * slots <= n_free / 2 * (1 + 1e-9)
-    assert tokens_that_fit(2 * n_free, per_token, slots) >= fitting
-
-
-def test_limit_is_capped_on_a_cpu_while_little_memory_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("slots", "limit"), [(1, 500), (2, 250), (5000, 1)])
+def test_limit_is_capped_on_a_cpu_at_what_half_of_the_free_memory_holds(
+    slots: int, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store(tmp_path, FakeEncoder(), limit=1024, failed_at=None, largest=2000, bytes_per_token=1000.0)
     monkeypatch.setattr("asyncembed.engine.limit_memory.available_bytes", lambda: 1_000_000)
-    memory = LimitMemory(FakeEncoder(), folder=tmp_path)
-    assert memory.estimator() == 500
-    monkeypatch.setattr("asyncembed.engine.limit_memory.available_bytes", lambda: 100_000_000)
-    for _ in range(64):
+    memory = LimitMemory(FakeEncoder(slots=slots), folder=tmp_path)
+    assert memory.estimator() == limit
+    monkeypatch.setattr("asyncembed.engine.limit_memory.available_bytes", lambda: 10**12)
+    memory.encoder.slots = 1
+    for _ in range(200):
         run_batch(memory, memory.estimator())
         memory.estimator.succeed(memory.estimator())
-    assert memory.estimator() == 1024
+    assert memory.estimator() == initial_limit("cpu", slots)
 
 
 # --- whole jobs ---

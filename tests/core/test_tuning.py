@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import random
 from collections import deque
 from collections.abc import Iterator
@@ -128,7 +130,7 @@ def test_search_counts_neither_the_first_batch_of_a_size_nor_small_ones() -> Non
     search = SpeedSearch(1024, 64, 16_384)
     for _ in range(50):
         search.add(100, 1.0)  # an app may make small batches for ever
-    assert search.measured == set()
+    assert not search.has_measured
     assert search.size == 1024
     search.add(1024, 1000.0)
     assert search.size == 2048  # takes turns with it now
@@ -136,6 +138,18 @@ def test_search_counts_neither_the_first_batch_of_a_size_nor_small_ones() -> Non
     while not search.is_over:
         search.add(search.size, 1.0)
     assert search.size == 16_384  # the more tokens in a second, the better
+
+
+@pytest.mark.parametrize("n_batches", [0, 5, 100])
+def test_limit_that_is_copied_goes_on_from_the_best_size_so_far(n_batches: int) -> None:
+    limit = estimator_for("cuda:0")
+    for _ in range(n_batches):
+        limit.succeed(limit(), max(limit(), 65_536) / 1000)
+    for copied in (copy.deepcopy(limit), pickle.loads(pickle.dumps(limit))):
+        assert copied() == limit()
+        for _ in range(100):
+            copied.succeed(copied(), max(copied(), 65_536) / 1000)
+        assert copied() == 65_536
 
 
 def test_limit_follows_speed_and_memory_has_the_last_word() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -42,6 +43,19 @@ def held_model(**settings: Any) -> tuple[Gate, FakeEncoder]:
     """A gate and a model behind it."""
     gate = Gate()
     return gate, FakeEncoder(on_batch=gate, **settings)
+
+
+@asynccontextmanager
+async def busy(**settings: Any) -> AsyncIterator[tuple[AsyncEmbedder, Gate]]:
+    """An embedder whose model is in the midst of a batch of one text; at the end all is let go, and nothing is left."""
+    gate, encoder = held_model()
+    async with AsyncEmbedder(encoder, **settings) as embedder:
+        ahead = embedder.embed_nowait("ahead")
+        assert await gate.begun() == ["ahead"]
+        yield embedder, gate
+        gate.let_go(100)
+        assert (await ahead).tolist() == vector("ahead")
+        await until(lambda: at_rest(embedder))
 
 
 async def until(check: Callable[[], bool]) -> None:

@@ -25,7 +25,7 @@ from asyncembed.engine.heap import ChunkHeap
 from asyncembed.records import Batch
 from tests.fakes import FakeEncoder
 
-from .doubles import at_rest, held_model, until, until_waiting, vector
+from .doubles import at_rest, busy, held_model, until, until_waiting, vector
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
@@ -106,16 +106,10 @@ async def test_embed_records_item_that_is_no_text_is_a_record_of_its_own() -> No
 
 
 async def test_embed_text_that_fails_is_named_and_the_rest_is_dropped() -> None:
-    gate, encoder = held_model()
-    async with AsyncEmbedder(encoder, batch_size=1) as embedder:
-        ahead = start(embedder.embed("ahead"))
-        await gate.begun()
+    async with busy(batch_size=1) as (embedder, gate):
         with pytest.raises(TextError, match=r"text 1 \(''\) cannot be embedded: the text has no tokens") as raised:
             await embedder.embed(["one", "", "two"])
         assert raised.value.index == 1
-        gate.let_go(10)
-        await ahead
-        assert at_rest(embedder)
     assert gate.batches == [["ahead"]]
 
 
@@ -164,16 +158,13 @@ def test_embedder_option_without_meaning_is_refused_by_name(options: dict[str, A
 
 
 async def test_embed_requests_that_come_while_the_model_works_share_the_next_batch() -> None:
-    gate, encoder = held_model()
-    async with AsyncEmbedder(encoder) as embedder:
-        first = start(embedder.embed("alone"))
-        assert await gate.begun() == ["alone"]
+    async with busy() as (embedder, gate):
         rest = [start(embedder.embed(f"text {number}")) for number in range(20)]
         await until_waiting(embedder, 0)  # all stand ready in one batch
         gate.let_go(2)
-        found = await asyncio.gather(first, *rest)
+        found = await asyncio.gather(*rest)
     assert [sorted(texts) for texts in gate.batches[1:]] == [sorted(f"text {number}" for number in range(20))]
-    assert [row.tolist() for row in found[1:]] == [vector(f"text {number}") for number in range(20)]
+    assert [row.tolist() for row in found] == [vector(f"text {number}") for number in range(20)]
 
 
 async def test_embed_several_idle_slots_share_what_waits() -> None:
@@ -210,16 +201,11 @@ async def test_embed_nowait_answered_is_gone_when_its_future_is_done() -> None:
 
 
 async def test_embed_same_text_asked_for_more_urgently_goes_sooner() -> None:
-    gate, encoder = held_model()
-    async with AsyncEmbedder(encoder, batch_size=1) as embedder:
-        tasks = [start(embedder.embed("ahead"))]
-        await gate.begun()
-        tasks.append(start(embedder.embed([f"bulk {number}" for number in range(5)], priority="bulk")))
+    async with busy(batch_size=1) as (embedder, gate):
+        start(embedder.embed([f"bulk {number}" for number in range(5)], priority="bulk"))
         await until_waiting(embedder, 4)
-        tasks.append(start(embedder.embed("bulk 3")))
+        start(embedder.embed("bulk 3"))
         await until(lambda: embedder.statistics().requests == 3)
-        gate.let_go(20)
-        await asyncio.gather(*tasks)
     assert gate.batches[1] == ["bulk 3"]
     assert len(gate.batches) == 6
 
@@ -251,14 +237,10 @@ async def test_embed_interactive_request_replaces_the_batch_kept_ready() -> None
 
 
 async def test_embed_numbers_order_requests() -> None:
-    gate, encoder = held_model()
-    async with AsyncEmbedder(encoder, batch_size=1) as embedder:
-        tasks = [start(embedder.embed("ahead"))]
-        await gate.begun()
-        tasks += [start(embedder.embed(f"p{number}", priority=number)) for number in (30, 5, 100, 0)]
+    async with busy(batch_size=1) as (embedder, gate):
+        for number in (30, 5, 100, 0):
+            embedder.embed_nowait(f"p{number}", priority=number)
         await until_waiting(embedder, 3)
-        gate.let_go(10)
-        await asyncio.gather(*tasks)
     assert gate.batches[1:] == [["p0"], ["p5"], ["p30"], ["p100"]]
 
 
@@ -286,20 +268,15 @@ async def test_embed_bulk_under_an_interactive_flood_advances() -> None:
 
 
 async def test_embed_without_room_waits_and_nowait_says_so() -> None:
-    gate, encoder = held_model()
-    async with AsyncEmbedder(encoder, max_pending_bytes=4000, batch_size=1) as embedder:
-        first = embedder.embed_nowait("one")
-        await gate.begun()
+    async with busy(max_pending_bytes=4000, batch_size=1) as (embedder, gate):
         with pytest.raises(OverloadedError, match=r"1 with \d+ of 2000 bytes are under way.*max_pending_bytes"):
             embedder.embed_nowait("two")
         waits = start(embedder.embed("three"))
         await until(lambda: embedder.statistics().waiting_texts == 1)
         later = embedder.embed_nowait("the other half", priority="bulk")  # kept apart
         gate.let_go(10)
-        assert (await first).tolist() == vector("one")
         assert (await waits).tolist() == vector("three")
         assert (await later).tolist() == vector("the other half")
-        assert at_rest(embedder)
 
 
 async def test_embed_list_larger_than_the_room_goes_in_by_pieces() -> None:
@@ -316,19 +293,13 @@ async def test_embed_list_larger_than_the_room_goes_in_by_pieces() -> None:
 
 
 async def test_embed_cancelled_while_it_waits_for_room_leaves_nothing() -> None:
-    gate, encoder = held_model()
-    async with AsyncEmbedder(encoder, max_pending_bytes=4000) as embedder:
-        first = start(embedder.embed("one"))
-        await gate.begun()
+    async with busy(max_pending_bytes=4000) as (embedder, gate):
         waits = start(embedder.embed(["two", "three"]))
         await until(lambda: embedder.statistics().waiting_texts == 1)
         waits.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waits
-        gate.let_go(10)
-        await first
-        assert at_rest(embedder)
-    assert gate.batches == [["one"]]
+    assert gate.batches == [["ahead"]]
 
 
 # --- cancelled and too late ---
@@ -337,12 +308,8 @@ async def test_embed_cancelled_while_it_waits_for_room_leaves_nothing() -> None:
 @pytest.mark.parametrize("how", ["task", "deadline", "future"])
 async def test_embed_given_up_costs_nothing(how: str) -> None:
     """Dropped from the window, and from the batch that stands ready."""
-    gate, encoder = held_model()
-    async with AsyncEmbedder(encoder) as embedder:
-        first = start(embedder.embed("ahead"))
-        await gate.begun()
-        stays = start(embedder.embed("stays"))
-        await until(lambda: embedder.statistics().requests == 2)
+    async with busy() as (embedder, gate):
+        stays = embedder.embed_nowait("stays")
         if how == "deadline":
             with pytest.raises(DeadlineError, match=r"2 texts not embedded within deadline_s=0.01") as raised:
                 await embedder.embed(["gone", "gone too"], deadline_s=0.01)
@@ -355,8 +322,7 @@ async def test_embed_given_up_costs_nothing(how: str) -> None:
                 await asked
         await until(lambda: embedder.statistics().pending_requests == 2)
         gate.let_go(10)
-        await asyncio.gather(first, stays)
-        assert at_rest(embedder)
+        await stays
     assert gate.batches == [["ahead"], ["stays"]]
 
 
@@ -370,11 +336,6 @@ async def test_embed_given_up_while_its_batch_runs_the_others_in_it_are_answered
         gate.let_go(10)
         assert (await twin).tolist() == vector("shared")
         assert at_rest(embedder)
-
-
-async def test_embed_within_its_deadline_is_answered() -> None:
-    async with AsyncEmbedder(FakeEncoder()) as embedder:
-        assert (await embedder.embed("heron", deadline_s=60)).tolist() == vector("heron")
 
 
 # --- the model fails ---
@@ -556,7 +517,8 @@ async def test_aclose_cancelled_while_it_drains_answers_everyone_also_from_the_b
     """The batch ends in the same turn of the loop: its first answer must not hide that nobody wants the second."""
     gate, encoder = held_model()
     embedder = await AsyncEmbedder(encoder, max_pending_bytes=20_000).__aenter__()
-    client: Any = embedder._client
+    requests: Any = embedder._requests
+    client = requests.client
     in_hand = embedder.embed_nowait(["a heron", "a boat"])
     await gate.begun()
     asked = [in_hand, start(embedder.embed([f"text {n}" for n in range(20)])), start(embedder.embed("reeds"))]
@@ -656,16 +618,11 @@ async def test_embed_threadsafe_from_many_threads_is_answered_in_each() -> None:
 
 
 async def test_embed_threadsafe_cancelled_drops_the_work() -> None:
-    gate, encoder = held_model()
-    async with AsyncEmbedder(encoder) as embedder:
-        first = start(embedder.embed("ahead"))
-        await gate.begun()
+    async with busy() as (embedder, gate):
         future = embedder.embed_threadsafe("gone")
         await until(lambda: embedder.statistics().requests == 2)
         assert future.cancel()
         await until(lambda: embedder.statistics().pending_requests == 1)
-        gate.let_go(10)
-        await first
     assert gate.batches == [["ahead"]]
 
 
@@ -691,17 +648,12 @@ async def test_cancelled_list_is_dropped_in_one_pass_over_what_waits(monkeypatch
         return passes[-1]
 
     monkeypatch.setattr(ChunkHeap, "discard", counted)
-    gate, model = held_model()
-    async with AsyncEmbedder(model, batch_size=4) as embedder:
-        first = asyncio.ensure_future(embedder.embed("heron"))
-        await gate.begun()
+    async with busy(batch_size=4) as (embedder, _):
         many = asyncio.ensure_future(embedder.embed([f"text {number}" for number in range(300)]))
         await until(lambda: embedder.statistics().waiting_chunks >= 290)
         many.cancel()
         await asyncio.wait([many])
         await until(lambda: embedder.statistics().waiting_chunks == 0)
-        gate.let_go(9)
-        assert (await first).shape == (4,)
     assert len(passes) == 1
     assert passes[0] >= 290
 

@@ -93,8 +93,8 @@ async def test_request_beside_a_saturating_job_is_in_the_next_batch_that_begins(
 
 def _is_prepared(embedder: AsyncEmbedder) -> bool:
     """Whether an interactive row stands in a batch that was given to the model's thread."""
-    client: Any = embedder._client
-    submitted = client._engine.encoders[0]._submitted
+    requests: Any = embedder._requests
+    submitted = requests.engine.encoders[0]._submitted
     return any(chunk.work.priority == 0 for item in submitted for chunk in item.batch.chunks)
 
 

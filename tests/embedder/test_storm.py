@@ -6,11 +6,12 @@ import asyncio
 from typing import Any
 
 import anyio
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncembed import AsyncEmbedder, AsyncEmbedError, embed_stream
-from asyncembed.embedder.requests import ENTRY_OVERHEAD, Answer, AnswerCache
+from asyncembed.embedder.requests import ENTRY_OVERHEAD, AnswerCache
 from asyncembed.encoders import Instruction
 from asyncembed.records import Batch
 from tests.fakes import FakeEncoder
@@ -79,7 +80,7 @@ def test_any_mixture_everyone_is_answered_and_nothing_is_left(
                 check(call[1], answer)
         assert at_rest(embedder)
         assert len(embedder._requests._works) == 0  # type: ignore[union-attr]  # it was open
-        assert not embedder._engine.scheduler  # type: ignore[union-attr]
+        assert not embedder._requests.engine.scheduler  # type: ignore[union-attr]
 
     async def bounded() -> None:
         with anyio.fail_after(60):
@@ -115,24 +116,19 @@ async def ask(embedder: AsyncEmbedder, way: str, texts: list[str], priority: Any
 def test_cache_any_use_stays_within_its_bytes_and_drops_the_least_recent(
     max_bytes: int, steps: list[tuple[bool, str, int]]
 ) -> None:
-    import numpy as np
-
-    cache, order = AnswerCache(max_bytes), dict[str, Answer]()
+    cache, order = AnswerCache(max_bytes), dict[str, Any]()
     for puts, text, dim in steps:
         if puts:
-            answer = Answer(np.zeros(dim, np.float32), dim)
-            cache.put((Instruction(), text), answer)
+            row = np.zeros(dim, np.float32)
+            cache.put((Instruction(), text), row, dim)
             if ENTRY_OVERHEAD + len(text) * (1 if text.isascii() else 4) + 4 * dim <= max_bytes:
-                order.pop(text, None)
-                order[text] = answer
+                order.setdefault(text, row)
         else:
             found = cache.get((Instruction(), text))
             if found is not None:
-                assert order[text] is found
+                assert order[text] is found[0]
                 order[text] = order.pop(text)
         assert cache.n_bytes <= max_bytes
         kept = list(order)[len(order) - len(cache) :]
         assert all((Instruction(), text) in cache._answers for text in kept)
         order = {text: order[text] for text in kept}
-    cache.put((Instruction(), "failed"), Answer(None, error="no"))
-    assert cache.get((Instruction(), "failed")) is None
