@@ -147,12 +147,7 @@ def load_graph(key: str) -> CachedGraph | None:
 
 
 def keep_graph(key: str | None, source: Path | None, tokenizer: str, save: Callable[[Path], GraphFacts]) -> CachedGraph:
-    """Keep a graph; in a temporary folder, for this process only, if it has no key or the cache cannot be written.
-
-    Raises:
-        OSError: It cannot be written anywhere.
-        Exception: What `save` raises.
-    """
+    """Keep a graph; in a temporary folder, for this process only, if it has no key or the cache cannot be written."""
     if key is not None:
         try:
             return _keep(key, source, tokenizer, save)
@@ -225,12 +220,7 @@ def _fill(folder: Path, tokenizer: str, save: Callable[[Path], GraphFacts]) -> G
 
 
 def _use(folder: Path) -> Callable[[], None]:
-    """Hold a shared lock on an entry, so that no process removes it; the way to give it back.
-
-    Raises:
-        FileNotFoundError: There is no such entry.
-        BlockingIOError: It is just being removed.
-    """
+    """Hold a shared lock on an entry, so that no process removes it; the way to give it back."""
     descriptor = os.open(folder / "lock", os.O_RDONLY)
     try:
         if sys.platform != "win32":  # there the open file alone keeps the folder from being moved

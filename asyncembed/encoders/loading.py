@@ -40,9 +40,6 @@ def offline_copy(name: str) -> Path | None:
 
     It is asked once: sentence-transformers would ask it again and again for each of some twenty files, for more than a
     minute.
-
-    Raises:
-        ModelError: The hub cannot be asked, and the model was not downloaded.
     """
     from huggingface_hub import constants, get_session
 
@@ -72,11 +69,7 @@ _PICKLED = {
 
 
 def check_weights(folder: Path, *, allow_pickle: bool) -> None:
-    """Refuse a model whose weights, or those of one of its modules, are only there as a pickle.
-
-    Raises:
-        ModelError: Names the file and what to do.
-    """
+    """Refuse a model whose weights, or those of one of its modules, are only there as a pickle."""
     if allow_pickle:
         return
     for pattern, instead in _PICKLED.items():
@@ -126,9 +119,6 @@ def model_folder(model: str | os.PathLike[str]) -> Path | None:
     """The local folder behind a name or path; None for a name that only a hub knows.
 
     all-MiniLM-L6-v2 is carried by an installed package, so it needs no network.
-
-    Raises:
-        ModelError: It is empty, or can only be a path, and there is no such folder.
     """
     name = os.fspath(model)
     if not name.strip():
@@ -147,12 +137,7 @@ def model_folder(model: str | os.PathLike[str]) -> Path | None:
 
 
 def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
-    """Load the model that the options name, or wrap the live one they hold. Blocking, takes seconds.
-
-    Raises:
-        OptionsError: The device or prompt does not exist, or the model's vectors are shorter than `truncate_dim`.
-        ModelError: The model cannot be loaded.
-    """
+    """Load the model that the options name, or wrap the live one they hold. Blocking, takes seconds."""
     encoder = _load(options, dtype)
     check_dim(encoder, options)
     return encoder
@@ -170,11 +155,7 @@ def tell_chunk_size(encoder: Encoder, options: EmbedOptions, chunk_size: int) ->
 
 
 def check_dim(encoder: Encoder, options: EmbedOptions) -> None:
-    """Refuse to keep more dimensions than there are.
-
-    Raises:
-        OptionsError: `truncate_dim` is more than the model's.
-    """
+    """Refuse to keep more dimensions than there are."""
     if options.truncate_dim is not None and options.truncate_dim > encoder.dim:
         raise OptionsError(
             f"truncate_dim={options.truncate_dim} is more than the {encoder.dim} dimensions of the model's vectors"

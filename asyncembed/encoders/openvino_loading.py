@@ -45,14 +45,8 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def convert(encoder: TorchEncoder, *, with_types: bool, features: dict[str, Any]) -> Any:
-    """The graph of transformer, pooling and all that follows, as an `openvino.Model`.
-
-    Raises:
-        Exception: Whatever the conversion raises: the caller falls back on torch.
-    """
+    """The graph of transformer, pooling and all that follows, as an `openvino.Model`."""
     import torch
-
-    from asyncembed.encoders.openvino_encoder import import_openvino
 
     ov = import_openvino()
 
@@ -78,11 +72,7 @@ def convert(encoder: TorchEncoder, *, with_types: bool, features: dict[str, Any]
 
 
 def save(graph: Any, path: Path) -> None:
-    """Write `path`, the graph's XML, and its weights beside it.
-
-    Raises:
-        OSError: They cannot be written.
-    """
+    """Write `path`, the graph's XML, and its weights beside it."""
     import openvino as ov
 
     try:
@@ -132,9 +122,6 @@ def check(encoder: TorchEncoder, compiled: Any, *, with_types: bool, features: d
 
     Returns:
         Whether the graph's rows are to be padded on the left.
-
-    Raises:
-        ModelError: They do not agree; the message says by how much.
     """
     request = compiled.create_infer_request()
     reasons: list[str] = []
@@ -199,12 +186,7 @@ def is_installed() -> bool:
 
 
 def load_cached(key: str, options: EmbedOptions, dtype: str) -> OpenVinoEncoder | None:
-    """The encoder from the cache, without torch; None if its graph was not made yet.
-
-    Raises:
-        ModelError: It could not be made before, for the reason given.
-        OptionsError: The model has no prompt of that name.
-    """
+    """The encoder from the cache, without torch; None if its graph was not made yet."""
     if (reason := known_failure(key)) is not None:
         raise ModelError(reason)
     graph = load_graph(key)
@@ -214,12 +196,7 @@ def load_cached(key: str, options: EmbedOptions, dtype: str) -> OpenVinoEncoder 
 def convert_and_keep(
     encoder: TorchEncoder, folder: Path | None, key: str | None, options: EmbedOptions, dtype: str
 ) -> OpenVinoEncoder:
-    """Convert a torch encoder, in float32 on the CPU, check the graph, and keep it.
-
-    Raises:
-        ModelError: It does not convert or does not agree; remembered, so that the next start does not try again. Or
-            there was no memory or disk for it, which is not.
-    """
+    """Convert a torch encoder, in float32 on the CPU, check the graph, and keep it."""
     if folder is not None and graph_key(folder) != key:
         key = None  # its files changed while they were read: which of them this model is made of, nobody knows
     try:
@@ -253,8 +230,6 @@ def check_dtype(dtype: str) -> str | None:
 
 
 def _make(encoder: TorchEncoder, folder: Path | None, key: str | None) -> CachedGraph:
-    from asyncembed.encoders.openvino_loading import check, convert, save
-
     ov = import_openvino()
     plain = encoder.plain_features()
     if plain is None or encoder.fast_tokenizer is None:

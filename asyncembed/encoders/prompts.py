@@ -27,11 +27,7 @@ _MODEL_FILES = ("modules.json", "config.json", "adapter_config.json")
 
 
 def check_kind(folder: Path, model: str | os.PathLike[str]) -> None:
-    """Refuse a folder of another kind, whose weights sentence-transformers would load and pool all the same.
-
-    Raises:
-        ModelError: It holds no model, or one that makes no embeddings of texts.
-    """
+    """Refuse a folder of another kind, whose weights sentence-transformers would load and pool all the same."""
     if not any((folder / name).is_file() for name in _MODEL_FILES):
         raise ModelError(f"there is no model in {folder}: it holds none of {', '.join(_MODEL_FILES)}")
     _check(os.fspath(model), _settings(folder, "config_sentence_transformers.json").get("model_type"))
@@ -52,11 +48,7 @@ def check_kind(folder: Path, model: str | os.PathLike[str]) -> None:
 
 
 def check_live(model: Any) -> None:
-    """Refuse a live model of another kind, and say it of one whose own `encode` does something else.
-
-    Raises:
-        ModelError: It makes no dense vectors.
-    """
+    """Refuse a live model of another kind, and say it of one whose own `encode` does something else."""
     _check(type(model).__name__, getattr(model, "model_type", None))
     if not getattr(model.encode, "__module__", "").startswith("sentence_transformers."):
         logger.warning(
@@ -112,11 +104,7 @@ def takes_tasks(model: Any) -> bool:
 
 
 def resolve_task(model: Any, task: str | None) -> str | None:
-    """The task as a model that takes tasks means it.
-
-    Raises:
-        OptionsError: There is no such route, or no default one; the message names those there are.
-    """
+    """The task as a model that takes tasks means it."""
     router = router_of(model)
     if router is not None:
         _route_name(router, task)
@@ -124,11 +112,7 @@ def resolve_task(model: Any, task: str | None) -> str | None:
 
 
 def route_of(model: Any, task: str | None) -> Route:
-    """The modules that a text of a task passes first.
-
-    Raises:
-        OptionsError: As `resolve_task`.
-    """
+    """The modules that a text of a task passes first."""
     router = router_of(model)
     return Route([model[0]] if router is None else router.sub_modules[_route_name(router, task)])
 
@@ -206,11 +190,7 @@ def prompts_of(encoder: Encoder) -> Mapping[str, str]:
 
 
 def prompt_of(encoder: Encoder, prompt: str | None, prompt_name: str | None) -> str:
-    """What stands before every chunk: the prompt given, the model's own of that name, or its default.
-
-    Raises:
-        OptionsError: The model has no prompt of that name.
-    """
+    """What stands before every chunk: the prompt given, the model's own of that name, or its default."""
     if prompt is not None:
         return prompt
     if prompt_name is None:
@@ -222,11 +202,7 @@ def prompt_of(encoder: Encoder, prompt: str | None, prompt_name: str | None) -> 
 
 
 def task_of(encoder: Encoder, task: str | None) -> str | None:
-    """The task as far as it matters: None for a model without tasks.
-
-    Raises:
-        OptionsError: The model has no such task, or has no default and needs one; the message names those it has.
-    """
+    """The task as far as it matters: None for a model without tasks."""
     resolve = getattr(encoder, "resolve_task", None)
     if resolve is None:
         return without_tasks(task)
@@ -235,11 +211,7 @@ def task_of(encoder: Encoder, task: str | None) -> str | None:
 
 
 def without_tasks(task: str | None) -> str | None:
-    """What a task is to a model without tasks: nothing.
-
-    Raises:
-        OptionsError: The task is not one that every model is told.
-    """
+    """What a task is to a model without tasks: nothing."""
     if task is not None and task not in COMMON_TASKS:
         raise OptionsError(f"task={task!r} means nothing to this model: it has no tasks")
     return None
@@ -255,11 +227,7 @@ def input_of(encoder: Encoder, task: str | None) -> tuple[Tokenizer, int]:
 
 
 def instruction_of(encoder: Encoder, options: EmbedOptions) -> Instruction:
-    """What the model is told with every text of a job.
-
-    Raises:
-        OptionsError: The model has no prompt of that name, or no such task.
-    """
+    """What the model is told with every text of a job."""
     return Instruction(prompt_of(encoder, options.prompt, options.prompt_name), task_of(encoder, options.task))
 
 
@@ -282,9 +250,6 @@ def kind_task_of(encoder: Encoder, kind: Kind, options: EmbedOptions) -> str | N
     """The task of a query or a document, where the call names none.
 
     The route of that name, if the model has routes; if it has not, the task that the options name explicitly.
-
-    Raises:
-        OptionsError: The model has routes, none of that name and no other was chosen.
     """
     given = options.task
     if kind == "text" or (given is not None and not getattr(encoder, "has_routes", False)):

@@ -111,19 +111,11 @@ class TorchEncoder:
         return _copy_of(self._tokenizer, self.unknown)
 
     def resolve_task(self, task: str | None) -> str | None:
-        """The task as far as it matters to the model.
-
-        Raises:
-            OptionsError: The model has no such route; the message names those it has.
-        """
+        """The task as far as it matters to the model."""
         return resolve_task(self.model, task) if self._takes_tasks else without_tasks(task)
 
     def input_of(self, task: str | None) -> tuple[Tokenizer, int]:
-        """A tokenizer of the caller's own, and the most tokens of a row, for a task. May be called from any thread.
-
-        Raises:
-            OptionsError: The model does not take the task.
-        """
+        """A tokenizer of the caller's own, and the most tokens of a row, for a task. May be called from any thread."""
         if not self._takes_tasks:
             return self.tokenizer(), self.max_tokens
         route = route_of(self.model, task if self.has_routes else None)
@@ -227,11 +219,7 @@ class TorchEncoder:
         return bool(len(theirs) == len(own) and (theirs.numpy() == own).all() and features["attention_mask"].all())
 
     def _find_dim(self) -> int:
-        """Dimensions of a vector, known from one: a model may not say it, or say that of its tokens' vectors.
-
-        Raises:
-            ModelError: The model does not make one vector of a text.
-        """
+        """Dimensions of a vector, known from one: a model may not say it, or say that of its tokens' vectors."""
         found = self._output_of_probe().get("sentence_embedding")
         if found is None:
             raise _no_pooling(self.name)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from asyncembed.cache import cache_folder
+from asyncembed.cache import cache_folder, write_small
 
 _MODULE = re.compile(r"^(\d+\.)(?:auto_model\.|model\.)?")
 _HASHED_WHOLE = 1 << 30  # bytes: half a second or so with a processor's own SHA-256
@@ -76,13 +76,8 @@ def cached_hash(folder: Path | None, variant: str, compute: Callable[[], str]) -
     except OSError:
         pass
     value = compute()
-    try:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        temporary = remembered.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(value)
-        temporary.replace(remembered)
-    except OSError:
-        pass  # a cache that cannot be written only costs the hash again
+    with suppress(OSError):  # a cache that cannot be written only costs the hash again
+        write_small(remembered, value.encode())
     return value
 
 

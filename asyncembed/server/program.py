@@ -101,11 +101,7 @@ def _prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 
 def parse(arguments: Sequence[str]) -> ServerSettings | int:
-    """The settings; or an exit code if nothing is left to do, as after `--help`.
-
-    Raises:
-        click.ClickException: The arguments cannot be understood.
-    """
+    """The settings; or an exit code if nothing is left to do, as after `--help`."""
     parsed: ServerSettings | int = command.main(list(arguments), prog_name=PROGRAM_NAME, standalone_mode=False)
     return parsed
 

@@ -96,12 +96,7 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The whole body, held for the time of the block.
-
-        Raises:
-            ApiError: It is too large, 413, too slow, 408, or too many are being read, 429.
-            ClientDisconnect: The client went away.
-        """
+        """The whole body, held for the time of the block."""
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self.max_bytes:
             raise self._too_large(f"{int(declared)} bytes")
@@ -182,11 +177,7 @@ class EmbeddingsRequest:
 
 
 def parse_request(body: bytes, settings: ServerSettings) -> EmbeddingsRequest:
-    """Read the body of a request.
-
-    Raises:
-        ApiError: It is no JSON object, or something in it cannot be; 400.
-    """
+    """Read the body of a request."""
     asked = _loads(body)
     if not isinstance(asked, dict):
         raise ApiError(400, f"the body is a JSON {_kind(asked)}; it must be an object with 'input' and 'model'")
@@ -223,11 +214,7 @@ def parse_request(body: bytes, settings: ServerSettings) -> EmbeddingsRequest:
 
 
 def parse_gzip_request(packed: bytes, settings: ServerSettings) -> EmbeddingsRequest:
-    """Read a body that was compressed; no more of it is unpacked than a body may have.
-
-    Raises:
-        ApiError: It cannot be unpacked, 400, or is too large, 413; or as `parse_request`.
-    """
+    """Read a body that was compressed; no more of it is unpacked than a body may have."""
     try:
         body = gzip.GzipFile(fileobj=BytesIO(packed)).read(settings.max_body_bytes + 1)
     except (OSError, EOFError, zlib.error) as error:

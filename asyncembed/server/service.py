@@ -182,12 +182,7 @@ class Service:
             await self.worker.aclose()
 
     def admit(self, asked: EmbeddingsRequest) -> asyncio.Future[CountedVectors]:
-        """Let a request in now, or not at all.
-
-        Raises:
-            ApiError: The model is not there (503), does not go by that name (404), has fewer dimensions (400), or
-                there is no room: now (429), or never (413).
-        """
+        """Let a request in now, or not at all."""
         self._check(asked)
         try:
             return self.embedder.embed_counted_nowait(

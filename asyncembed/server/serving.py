@@ -60,10 +60,6 @@ def serve(settings: ServerSettings, signals: Signals, say: Say) -> int:
 
     Returns:
         The exit code: 0 after a signal.
-
-    Raises:
-        ListenError: The address cannot be listened on.
-        AsyncEmbedError: The model cannot be loaded, or cannot go on.
     """
     with bound(settings.host, settings.port) as listener:
         return asyncio.run(_serve(settings, signals, say, listener))
@@ -110,11 +106,7 @@ async def _serve(settings: ServerSettings, signals: Signals, say: Say, listener:
 
 @contextlib.contextmanager
 def bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket at the address, not listening yet.
-
-    Raises:
-        ListenError: There is no such address here, or it is taken.
-    """
+    """A socket at the address, not listening yet."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         # Named as TCP: without it asyncio leaves Nagle's algorithm on in what is accepted, and as an answer is written

@@ -111,11 +111,7 @@ class CsvParser:
         return content.translate(_STAND_INS) + text[len(content) :]
 
     def _next_row(self) -> list[str] | Rejected | None:
-        """The cells of the next row, what is wrong with it, or None at the end.
-
-        Raises:
-            SourceError: A quote is broken, and what comes after it may be the middle of its cell.
-        """
+        """The cells of the next row, what is wrong with it, or None at the end."""
         self._row_line = self._lines.number + 1
         self._row_bytes = 0
         self._row.clear()
@@ -145,11 +141,7 @@ class CsvParser:
         return [cell.lstrip(" ") for cell in row] != [cell.lstrip(" ") for cell in meant]
 
     def _broken_row(self, reason: str) -> Rejected:
-        """A row with a broken quote, after which the reader begins afresh with the next line.
-
-        Raises:
-            SourceError: That line may be the middle of a cell.
-        """
+        """A row with a broken quote, after which the reader begins afresh with the next line."""
         row = "".join(self._row)
         if self._how.escape is not None:
             row = re.sub(re.escape(self._how.escape) + ".", "", row, flags=re.DOTALL)

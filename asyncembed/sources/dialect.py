@@ -40,11 +40,7 @@ class CsvOptions(NamedTuple):
 
 
 def check_dialect(lines: LineReader, beginning: bytes, how: CsvOptions) -> None:
-    """Look at the first rows; say, once, what speaks against the way they will be read.
-
-    Raises:
-        SourceError: The texts would plainly be wrong: another delimiter, or nothing but numbers.
-    """
+    """Look at the first rows; say, once, what speaks against the way they will be read."""
     text = beginning.removeprefix(BOM).decode("utf-8", "replace")
     text = text.replace("\r\n", "\n")
     if text.count("\r") > text.count("\n"):

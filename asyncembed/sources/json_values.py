@@ -53,11 +53,7 @@ class JsonParser:
         self._ended = False  # the file, not the list
 
     def __iter__(self) -> Iterator[SourceItem]:
-        """Every value as a text, blank ones included, or as a bad row.
-
-        Raises:
-            SourceError: It is not JSON or of another shape. It cannot be skipped: nothing after it can be trusted.
-        """
+        """Every value as a text, blank ones included, or as a bad row."""
         opened = ""  # the brackets around what comes next
         expected = _VALUE
         may_close = False

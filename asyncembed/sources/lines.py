@@ -151,11 +151,7 @@ class LineReader:
             return b""  # reading it says what is wrong
 
     def piece(self, max_bytes: int = PIECE_BYTES) -> bytes:
-        """The rest of the line under way or the next line, its end included, but at most `max_bytes`; b"" at the end.
-
-        Raises:
-            SourceError: The file cannot be read further.
-        """
+        """The rest of the line under way or the next line, its end included, at most `max_bytes`; b"" at the end."""
         try:
             piece = self._file.readline(max_bytes)
         except READ_ERRORS as error:

@@ -68,11 +68,7 @@ class _Converted(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with what the next read gives; 0 at the end.
-
-        Raises:
-            UnicodeError: Where the characters of the encoding begin cannot be told any more.
-        """
+        """Fill the buffer with what the next read gives; 0 at the end."""
         at_end = False
         while not (self._waiting or at_end):  # the first bytes of a character give no text yet
             raw = self._read(PIECE_BYTES)
