@@ -12,10 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from asyncembed.encoders import Encoder, FloatMatrix, Instruction, input_of, instruction_of, tell_chunk_size
+from asyncembed.engine.chunking import TextSplitter, TokenCounter, default_splitter
 from asyncembed.engine.limit_memory import LimitMemory
 from asyncembed.engine.memory import MemoryBudget
 from asyncembed.engine.scheduler import LimitEstimator
-from asyncembed.engine.splitting import TextSplitter, TokenCounter, default_splitter
 from asyncembed.engine.work import Client
 from asyncembed.errors import ClosedError, OptionsError
 from asyncembed.iterables import check_source, without_line_ends

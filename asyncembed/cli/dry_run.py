@@ -29,12 +29,11 @@ from asyncembed.options import EmbedOptions
 from asyncembed.records import Chunk, FloatVector, SourceItem, Text, text_id
 from asyncembed.sources import FileTexts
 from asyncembed.store import DigestSet, StoredEmbeddings, open_embeddings
-from asyncembed.store.codec import encode_json
-from asyncembed.store.files import StorePaths, storage_errors
+from asyncembed.store.files import StorePaths, encode_json, storage_errors
 from asyncembed.store.json_files import JsonFiles
 from asyncembed.store.ledger import Header
 from asyncembed.store.lock import check_ours
-from asyncembed.store.origin import check_orphans
+from asyncembed.store.writer import check_orphans
 from asyncembed.wording import plural
 
 GROUP_TEXTS = 256

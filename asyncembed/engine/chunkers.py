@@ -18,8 +18,7 @@ from asyncembed.encoders import (
     prompt_of,
     task_of,
 )
-from asyncembed.engine.chunking import NO_TOKENS, Chunker
-from asyncembed.engine.splitting import UnembeddableError
+from asyncembed.engine.chunking import NO_TOKENS, Chunker, UnembeddableError
 from asyncembed.engine.work import Work
 from asyncembed.errors import ClosedError, OptionsError
 from asyncembed.options import EmbedOptions

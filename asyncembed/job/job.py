@@ -16,14 +16,13 @@ import anyio
 
 from asyncembed.encoders import Encoder, Instruction
 from asyncembed.engine.admission import AdmissionQueue, life_bytes
-from asyncembed.engine.chunking import Chunker
+from asyncembed.engine.chunking import Chunker, TextSplitter
 from asyncembed.engine.client import EngineClient
 from asyncembed.engine.engine import Engine, EngineHost
 from asyncembed.engine.limit_memory import LimitMemory
 from asyncembed.engine.memory import MemoryBudget, peak_rss_bytes
 from asyncembed.engine.model_thread import EncoderStatistics, EncoderThread
 from asyncembed.engine.scheduler import LimitEstimator
-from asyncembed.engine.splitting import TextSplitter
 from asyncembed.errors import ClosedError, StoreError, TextsFailedError
 from asyncembed.job.loading import load_all
 from asyncembed.job.lookup import LOOKED_AT, RUN_BY_US, Entry, Lookup, check_folder

@@ -17,8 +17,7 @@ from asyncembed.encoders import (
     load_encoder,
     tell_chunk_size,
 )
-from asyncembed.engine.chunking import Chunker
-from asyncembed.engine.splitting import TextSplitter
+from asyncembed.engine.chunking import Chunker, TextSplitter
 from asyncembed.errors import OptionsError
 from asyncembed.options import EmbedOptions
 from asyncembed.store.files import StorePaths, make_folders, storage_errors

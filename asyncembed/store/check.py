@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from asyncembed.errors import CorruptRecordError, StoreError
 from asyncembed.store.digests import DigestSet
 from asyncembed.store.files import StorePaths, remove, storage_errors, temporary_of
-from asyncembed.store.format import StoredText
+from asyncembed.store.format import STRANGE, StoredText
 from asyncembed.store.index import export, is_earlier, is_whole, reading
 from asyncembed.store.json_files import JsonFiles
 from asyncembed.store.ledger import DONE, FAILED, KEY, Header, Ledger, Row, remove_ledger
 from asyncembed.store.lock import FolderLock
-from asyncembed.store.origin import STRANGE
 from asyncembed.store.writer import FolderWriter
 
 _REBUILD = "asyncembed-store rebuild makes it anew"

@@ -1,16 +1,53 @@
-"""A folder on the disk: its paths, what to say when the disk refuses, and files that appear whole or not at all."""
+"""A folder on the disk: its paths, its JSON, files that appear whole or not at all, and what to say on a refusal."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
+import orjson
 
 from asyncembed.errors import StoreError
+
+
+def encode_json(value: object) -> bytes:
+    """One line of JSON without blanks.
+
+    orjson refuses strings with lone surrogates and whole numbers beyond 64 bits; those are written by `json`, in
+    ASCII with escapes.
+    """
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError:
+        return json.dumps(value, separators=(",", ":"), default=_plain).encode("ascii")
+
+
+def decode_json(data: bytes) -> Any:
+    """The value that `data` encodes."""
+    try:
+        return orjson.loads(data)
+    except ValueError:
+        if b"\\u" not in data:
+            raise
+    try:
+        return json.loads(data)  # takes the escaped lone surrogates that orjson refuses
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _plain(value: object) -> object:
+    """Arrays and numbers of numpy as `json` knows them."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
 
 if sys.platform == "darwin":
     import fcntl

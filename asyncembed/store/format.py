@@ -8,6 +8,9 @@ from typing import Protocol
 
 from asyncembed.records import EmbeddedChunk, EmbeddedText, FloatVector
 
+STRANGE = "it was made with other weights or options than the rest of the folder"
+"""What a reader says of a text from elsewhere."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredText:

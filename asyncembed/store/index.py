@@ -19,8 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from asyncembed.errors import StoreError
-from asyncembed.store.codec import decode_json, encode_json
-from asyncembed.store.files import StorePaths, replacing
+from asyncembed.store.files import StorePaths, decode_json, encode_json, replacing
 from asyncembed.store.ledger import DONE, FAILED, KEY, REMOVED, Header, Ledger, Row
 
 VERSION = 2

@@ -16,10 +16,11 @@ import numpy as np
 
 from asyncembed.errors import CorruptRecordError
 from asyncembed.records import EmbeddedChunk, EmbeddedText, FloatVector, text_id
-from asyncembed.store.codec import decode_json, encode_json
 from asyncembed.store.files import (
     NEW_FILE,
     StorePaths,
+    decode_json,
+    encode_json,
     flush,
     flush_folder,
     put_in_place,

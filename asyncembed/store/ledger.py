@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from asyncembed.errors import StoreError, StoreMismatchError
-from asyncembed.store.codec import decode_json, encode_json
-from asyncembed.store.files import flush_folder, remove
+from asyncembed.store.files import decode_json, encode_json, flush_folder, remove
 from asyncembed.store.format import StoredText
 
 _log = logging.getLogger("asyncembed")

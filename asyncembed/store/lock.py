@@ -10,8 +10,15 @@ from datetime import datetime, timezone
 import filelock
 
 from asyncembed.errors import CorruptRecordError, StoreError, StoreLockedError
-from asyncembed.store.codec import decode_json, encode_json
-from asyncembed.store.files import StorePaths, remove, storage_error, storage_errors, write_whole
+from asyncembed.store.files import (
+    StorePaths,
+    decode_json,
+    encode_json,
+    remove,
+    storage_error,
+    storage_errors,
+    write_whole,
+)
 from asyncembed.store.json_files import JsonFiles
 from asyncembed.store.ledger import is_ours
 

@@ -15,11 +15,10 @@ from asyncembed.errors import CorruptRecordError, OptionsError, StoreError
 from asyncembed.iterables import why_other_items, without_line_ends
 from asyncembed.records import FloatVector, Rejected, SourceItem, Text, text_id
 from asyncembed.store.files import StorePaths, storage_errors
-from asyncembed.store.format import Format, StoredText
+from asyncembed.store.format import STRANGE, Format, StoredText
 from asyncembed.store.index import header_of, reading
 from asyncembed.store.json_files import JsonFiles
 from asyncembed.store.ledger import FAILED, Header, Ledger
-from asyncembed.store.origin import STRANGE
 from asyncembed.wording import kind_of
 
 _Stamp = tuple[int, int, int]

@@ -8,7 +8,7 @@ import click
 import pytest
 
 from asyncembed.cli.console import Exit, describe, exit_code_of
-from asyncembed.cli.report import advice, is_complete, summary_lines
+from asyncembed.cli.run import advice, is_complete, summary_lines
 from asyncembed.errors import (
     ClosedError,
     ModelError,

@@ -19,9 +19,8 @@ from langchain_text_splitters import CharacterTextSplitter, RecursiveCharacterTe
 
 from asyncembed.encoders.base import Tokenized
 from asyncembed.encoders.tokenizers import FastTokenizer
-from asyncembed.engine import splitting
-from asyncembed.engine.chunking import Chunker
-from asyncembed.engine.splitting import HEAD_SECTIONS, SECTION_CHARS, TokenCounter, sections
+from asyncembed.engine import chunking
+from asyncembed.engine.chunking import HEAD_SECTIONS, SECTION_CHARS, Chunker, TokenCounter, sections
 from asyncembed.engine.work import Client, Work
 from asyncembed.errors import OptionsError
 from asyncembed.options import LongTexts
@@ -438,7 +437,7 @@ def test_fingerprint_equal_settings_agree_and_each_setting_counts() -> None:
 _FINGERPRINT_SCRIPT = """
 import json, sys
 from langchain_text_splitters import RecursiveCharacterTextSplitter
-from asyncembed.engine.splitting import TokenCounter
+from asyncembed.engine.chunking import TokenCounter
 from tests.core.minilm import chunker, fast_tokenizer
 splitter = RecursiveCharacterTextSplitter(
     chunk_size=100, chunk_overlap=9, length_function=TokenCounter(fast_tokenizer())
@@ -509,7 +508,7 @@ def test_chunk_truncated_endless_word_after_known_ones_is_never_tokenised_as_a_w
 @given(text=st.text(alphabet="x \n。", max_size=300))
 def test_sections_are_the_text_and_none_is_short_inside_a_word(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splitting, "SECTION_CHARS", 20)
+        patch.setattr(chunking, "SECTION_CHARS", 20)
         parts = sections(text)
     assert "".join(parts) == text
     assert all(len(part) <= 31 for part in parts)
