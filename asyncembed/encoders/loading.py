@@ -199,7 +199,7 @@ def _try_openvino(
 ) -> tuple[Encoder | None, str | None]:
     """An encoder, if there is one already, and what stood in the way of OpenVINO: the torch model then."""
     from asyncembed.encoders.graph_cache import graph_key
-    from asyncembed.encoders.openvino_loading import check_dtype, convert_and_keep, load_cached
+    from asyncembed.encoders.openvino_encoder import check_dtype, convert_and_keep, load_cached
 
     encoder: Encoder | None = None
     torch_encoder: TorchEncoder | None = None
@@ -232,7 +232,7 @@ def _try_openvino(
 
 def _obstacle_to_openvino(options: EmbedOptions) -> str | None:
     """Why a model given by name does not go to OpenVINO; None if it may. Imports nothing heavy if it can help it."""
-    from asyncembed.encoders.openvino_loading import is_installed
+    from asyncembed.encoders.openvino_encoder import is_installed
 
     if options.backend == "torch":
         return "torch was asked for"
@@ -301,7 +301,7 @@ def _wrap_live(model: Any, options: EmbedOptions) -> Encoder:
         return encoder
     if not encoder.device.startswith("cpu") or encoder.dtype != "float32":
         raise OptionsError(f"a live model goes to OpenVINO from float32 on the CPU, not {encoder!r}")
-    from asyncembed.encoders.openvino_loading import convert_and_keep
+    from asyncembed.encoders.openvino_encoder import convert_and_keep
 
     return convert_and_keep(encoder, None, None, options, "float32" if options.dtype == "auto" else options.dtype)
 

@@ -24,7 +24,7 @@ def plans(model: str, device: str) -> list[AppPlan]:
     """All contestants that this machine can run."""
     precisions = [("torch", "float32")]
     if device == "cpu":
-        from asyncembed.encoders.openvino_loading import is_installed
+        from asyncembed.encoders.openvino_encoder import is_installed
 
         if is_installed():
             from asyncembed.encoders.openvino_encoder import supported_dtypes

@@ -26,7 +26,7 @@ def plans(model: str, device: str) -> list[Plan]:
             Plan(model, device, "torch", "bfloat16"),
         ]
     found = [Plan(model, device, "encode"), Plan(model, device, "torch", "float32")]
-    from asyncembed.encoders.openvino_loading import is_installed
+    from asyncembed.encoders.openvino_encoder import is_installed
 
     if is_installed():
         from asyncembed.encoders.openvino_encoder import supported_dtypes

@@ -155,11 +155,11 @@ def test_graph_that_does_not_agree_is_not_used_and_the_reason_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The check itself runs for real; only the graph it is given computes something else."""
-    from asyncembed.encoders import openvino_loading
+    from asyncembed.encoders import openvino_encoder
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compile_graph = openvino_loading.compile_graph
-    monkeypatch.setattr(openvino_loading, "compile_graph", lambda *args: _Wrong(compile_graph(*args)))
+    compile_graph = openvino_encoder.compile_graph
+    monkeypatch.setattr(openvino_encoder, "compile_graph", lambda *args: _Wrong(compile_graph(*args)))
     with caplog.at_level(logging.INFO, logger="asyncembed"):
         encoder = load_encoder(EmbedOptions(device="cpu"))
     assert encoder.backend == "torch"
