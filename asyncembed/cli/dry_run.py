@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from asyncembed.cli.console import Console
+from asyncembed.cli.console import Console, in_words
 from asyncembed.cli.options import Request
-from asyncembed.cli.progress import in_words
 from asyncembed.encoders import Encoder
 from asyncembed.engine.chunking import Chunker
 from asyncembed.engine.heap import ChunkHeap

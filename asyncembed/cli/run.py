@@ -6,9 +6,8 @@ import asyncio
 import os
 from collections.abc import Iterator
 
-from asyncembed.cli.console import Console, Exit
+from asyncembed.cli.console import TICK_S, Console, Exit, in_words
 from asyncembed.cli.options import Request
-from asyncembed.cli.progress import TICK_S, in_words
 from asyncembed.cli.signals import CTRL_C, Signals, leave
 from asyncembed.errors import ClosedError
 from asyncembed.job import JobParts

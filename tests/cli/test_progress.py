@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncembed.cli.progress import Display, in_words
+from asyncembed.cli.console import Display, in_words
 from asyncembed.cli.run import share_done
 from asyncembed.sources import read_texts
 
