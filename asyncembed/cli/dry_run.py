@@ -29,7 +29,7 @@ from asyncembed.records import Chunk, FloatVector, SourceItem, Text, text_id
 from asyncembed.sources import FileTexts
 from asyncembed.store import DigestSet, StoredEmbeddings, open_embeddings
 from asyncembed.store.files import StorePaths, encode_json, storage_errors
-from asyncembed.store.json_files import JsonFiles
+from asyncembed.store.formats import format_of
 from asyncembed.store.ledger import Header
 from asyncembed.store.lock import check_ours
 from asyncembed.store.writer import check_orphans
@@ -215,7 +215,7 @@ def _refusal(paths: StorePaths, saved: StoredEmbeddings, fingerprint: Mapping[st
         if saved.fingerprint is not None:
             Header(saved.fingerprint, {}).compare(ours, paths.root)
         else:
-            check_orphans(JsonFiles(paths), paths.root, ours)
+            check_orphans(format_of(paths), paths.root, ours)
     except StoreMismatchError as error:
         return str(error)
     return None

@@ -22,7 +22,7 @@ from asyncembed.store.check import failures as find_failures
 from asyncembed.store.check import rebuild as rebuild_index
 from asyncembed.store.check import remove_damaged as check_and_remove
 from asyncembed.store.files import StorePaths, storage_errors
-from asyncembed.store.json_files import JsonFiles
+from asyncembed.store.formats import format_of
 from asyncembed.store.ledger import Header
 from asyncembed.wording import plural
 
@@ -90,7 +90,7 @@ class Recomputation:
 
     def _sample(self) -> Iterator[StoredText]:
         """So many stored texts, each with the same chance; damaged ones are passed over."""
-        texts, chosen = JsonFiles(self._paths), list[str]()
+        texts, chosen = format_of(self._paths), list[str]()
         with storage_errors(self._paths.root):
             for number, identity in enumerate(name for block in texts.ids() for name in block):
                 if len(chosen) < self._n_wanted:

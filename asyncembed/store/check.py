@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from asyncembed.errors import CorruptRecordError, StoreError
 from asyncembed.store.digests import DigestSet
 from asyncembed.store.files import StorePaths, remove, storage_errors, temporary_of
-from asyncembed.store.format import STRANGE, StoredText
+from asyncembed.store.format import STRANGE, Format, StoredText
+from asyncembed.store.formats import format_of
 from asyncembed.store.index import export, is_earlier, is_whole, reading
-from asyncembed.store.json_files import JsonFiles
 from asyncembed.store.ledger import DONE, FAILED, KEY, Header, Ledger, Row, remove_ledger
 from asyncembed.store.lock import FolderLock
 from asyncembed.store.writer import FolderWriter
@@ -48,7 +48,7 @@ class FolderCheck:
         self.n_files = 0
         self.n_unlisted = 0
         self._paths = paths
-        self._texts = JsonFiles(paths)
+        self._texts = format_of(paths)
         self._header: Header | None = None
         self._examples: dict[tuple[int, str | None], str] = {}
         self._alike: Counter[tuple[int, str | None]] = Counter()
@@ -157,7 +157,7 @@ def failures(paths: StorePaths) -> tuple[list[Failure], bool]:
             if identity in found:
                 found[identity] = replace(found[identity], keys=(*found[identity].keys, key))
         is_lost = ledger.is_temporary and not (is_earlier(paths) and is_whole(paths.index))
-        is_new = not any(map(os.path.exists, (paths.ledger, paths.index))) and not any(JsonFiles(paths).ids())
+        is_new = not any(map(os.path.exists, (paths.ledger, paths.index))) and not any(format_of(paths).ids())
         return list(found.values()), is_new or not is_lost
 
 
@@ -197,7 +197,7 @@ def rebuild(paths: StorePaths) -> Iterator[Fault]:
                     )
                 new.set_header(header)
                 known = DigestSet()
-                yield from _list_files(JsonFiles(paths), header, new, known)
+                yield from _list_files(format_of(paths), header, new, known)
                 n_done = len(known)
                 failed = [row for row in old.texts() if row.kind == FAILED and row.id not in known]
                 known.add_many([row.id for row in failed])
@@ -214,7 +214,7 @@ def rebuild(paths: StorePaths) -> Iterator[Fault]:
         lock.release()
 
 
-def _list_files(texts: JsonFiles, header: Header, ledger: Ledger, whole: DigestSet) -> Iterator[Fault]:
+def _list_files(texts: Format, header: Header, ledger: Ledger, whole: DigestSet) -> Iterator[Fault]:
     """Append a row for every file that is whole and belongs here."""
     for block in texts.ids(clean=True):
         rows = []

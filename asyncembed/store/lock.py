@@ -19,7 +19,8 @@ from asyncembed.store.files import (
     storage_errors,
     write_whole,
 )
-from asyncembed.store.json_files import JsonFiles
+from asyncembed.store.format import Format
+from asyncembed.store.formats import format_of
 from asyncembed.store.ledger import is_ours
 
 # How the files begin that a job replaces or removes, also if somebody formatted them anew.
@@ -110,7 +111,7 @@ def check_ours(paths: StorePaths) -> None:
         ledger_is_ours = is_ours(paths.ledger)
         strange += [paths.ledger] * (ledger_is_ours is False)
         if not ledger_is_ours and not any(shape.search(heads[path]) for path, shape in cores.items()):
-            texts = JsonFiles(paths)
+            texts = format_of(paths)
             n_texts = 0
             for identity in (identity for block in texts.ids() for identity in block):
                 n_texts += 1
@@ -135,7 +136,7 @@ def _head(path: str) -> bytes:
         return file.read(_HEAD_BYTES).lstrip(b"\0")
 
 
-def _is_record(texts: JsonFiles, identity: str) -> bool:
+def _is_record(texts: Format, identity: str) -> bool:
     """Whether a file is a text's, be it torn."""
     head = _head(texts.place(identity))
     if not head or re.match(_RECORD % identity.encode(), head):

@@ -16,8 +16,8 @@ from asyncembed.iterables import why_other_items, without_line_ends
 from asyncembed.records import FloatVector, Rejected, SourceItem, Text, text_id
 from asyncembed.store.files import StorePaths, storage_errors
 from asyncembed.store.format import STRANGE, Format, StoredText
+from asyncembed.store.formats import format_of
 from asyncembed.store.index import header_of, reading
-from asyncembed.store.json_files import JsonFiles
 from asyncembed.store.ledger import FAILED, Header, Ledger
 from asyncembed.wording import kind_of
 
@@ -47,7 +47,7 @@ class StoredEmbeddings:
         self._paths = StorePaths.of(path)
         self._by_key: dict[str, str] = {}
         self._by_key_stamp: tuple[_Stamp, ...] = ()
-        self._texts: Format = JsonFiles(self._paths)
+        self._texts: Format = format_of(self._paths)
         if os.path.exists(self._paths.root) and not os.path.isdir(self._paths.root):
             raise StoreError(f"{self._paths.root}: is a file, not a folder of embeddings")
         if not os.path.isdir(self._paths.root):

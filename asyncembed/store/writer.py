@@ -24,8 +24,8 @@ from asyncembed.store.files import (
     temporary_of,
 )
 from asyncembed.store.format import Format, StoredText
+from asyncembed.store.formats import format_of
 from asyncembed.store.index import MOST_EXPORTED, export, header_of, is_earlier, is_whole, take_over
-from asyncembed.store.json_files import JsonFiles
 from asyncembed.store.keys import Additions
 from asyncembed.store.ledger import DONE, REMOVED, Header, Ledger, LedgerDamaged, Row, remove_ledger
 from asyncembed.store.lock import FolderLock, check_ours
@@ -92,7 +92,7 @@ class FolderWriter:
         self.header: Header | None = None
         self.done = DigestSet()  # by earlier runs; not changed after `open`
         self._durable = durable
-        self._texts: Format = JsonFiles(paths, durable=durable)
+        self._texts: Format = format_of(paths, durable=durable)
         self._written = DigestSet()  # by this run
         self._n_new = 0  # of those, the ones that no earlier run had saved
         self._lock = FolderLock(paths)
