@@ -18,9 +18,11 @@ from asyncembed.engine.scheduler import EncoderState, LimitEstimator, Scheduler
 from asyncembed.engine.work import Client, Work
 from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError, OptionsError
 from asyncembed.job import Entry
+from asyncembed.job.lookup import Sharing
 from asyncembed.records import Batch, Chunk, FloatVector, Rejected, SourceItem, Text, text_id
 from asyncembed.sources.feed import to_item
 from asyncembed.store import StoredText
+from asyncembed.store.store import Found
 from asyncembed.store.writer import FolderWriter
 from asyncembed.wording import plural
 
@@ -72,7 +74,7 @@ class PipelineSteps:
         self._is_small = False
         self._last: tuple[Sequence[Chunk], FloatMatrix | None, float | None] = ((), None, None)
         self._open: dict[int, Entry] = {}
-        self._first: dict[str, Entry] = {}  # of each text under way the entry that is computed
+        self._sharing = Sharing()
         self._finished: deque[Entry] = deque()
         self._saved: deque[Entry] = deque()
         self._given: dict[str, str] = {}
@@ -173,11 +175,10 @@ class PipelineSteps:
         if self._writer is not None and self._finished:
             self._writer.commit([entry.record() for entry in self._finished])
         n_saved = len(self._finished)
+        self._sharing.settled(self._finished)
         while self._finished:
             entry = self._finished.popleft()
             self._saved.append(entry)
-            if self._first.get(entry.id) is entry:
-                del self._first[entry.id]
             if entry.work is not None and entry.work.error is None:
                 self._done[entry.id] = entry.work.embedding if self._writer is None else None
         return n_saved
@@ -245,46 +246,28 @@ class PipelineSteps:
 
     def _look_up(self, group: Sequence[Entry]) -> list[Work]:
         """The texts to compute; all other entries are finished, or wait for one that is under way."""
-        new: list[Work] = []
-        before = self._saved_before(group)
-        for entry in group:
-            first = self._first.get(entry.id)
-            # 1. no text at all   2. repeats one under way   3. saved by an earlier run
-            # 4. repeats one that this run has done   5. new
-            if isinstance(entry.item, Rejected):
-                self._finished.append(entry)
-            elif first is not None and first.work is not None:
-                entry.is_duplicate, entry.work = True, first.work
-                if first.work.is_pending:
-                    first.work.waiters.append(entry)
-                else:
-                    self._finished.append(entry)
-            elif entry.id in before or entry.id in self._done:
-                entry.cached = entry.id in before
-                entry.is_duplicate = not entry.cached
+        texts = [entry.item.text for entry in group if isinstance(entry.item, Text)]
+        ids = list(map(text_id, texts))
+        for identity, text in zip(ids, texts, strict=True):
+            self._given.setdefault(identity, text)
+        before = self._writer.done.contains_many(ids) if self._writer is not None else [False] * len(ids)
+        found = [Found(name, there, name in self._done) for name, there in zip(ids, before, strict=True)]
+        self._sharing.settled_meanwhile.clear()
+        new, saved, finished = self._sharing.sort(self._client, group, found)
+        for entry in saved:
+            # What an earlier run has saved is read once; damaged, it is new again.
+            if entry.id in self._done or self._is_whole(entry.id):
                 self._finished.append(entry)
             else:
-                self._first[entry.id] = entry
-                entry.work = Work(self._client, entry.text)
-                entry.work.waiters.append(entry)
-                new.append(entry.work)
+                self._sharing.join(self._client, entry, new, finished)
+        self._finished.extend(finished)
         return new
 
-    def _saved_before(self, group: Sequence[Entry]) -> set[str]:
-        """Ids of the group's texts that an earlier run has saved; one whose file is damaged is new again."""
-        for entry in group:
-            if isinstance(entry.item, Text):
-                entry.id = text_id(entry.item.text)
-                self._given.setdefault(entry.id, entry.item.text)
-        ids = list(dict.fromkeys(entry.id for entry in group if entry.id and entry.id not in self._first))
-        if self._writer is None:
-            return set()
-        saved = [identity for identity, there in zip(ids, self._writer.done.contains_many(ids), strict=True) if there]
-        unread = [identity for identity in saved if identity not in self._done]
-        for identity, stored in zip(unread, self._writer.read_many(unread), strict=True):
-            if isinstance(stored, StoredText):
-                self._done[identity] = None
-        return {identity for identity in saved if identity in self._done}
+    def _is_whole(self, identity: str) -> bool:
+        if self._writer is not None and isinstance(self._writer.read_many([identity])[0], StoredText):
+            self._done[identity] = None
+            return True
+        return False
 
     def _start(self, works: Sequence[Work]) -> None:
         """Cuts new texts into chunks, which then wait."""

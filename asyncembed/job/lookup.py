@@ -163,23 +163,82 @@ MOST_COUNTED = 1_000_000
 """In a larger folder it is not counted how many of its texts are none of the input: that takes 16 bytes for each."""
 
 
-class Lookup:
-    """Tells new texts from those that are saved and those that repeat another.
+class Sharing:
+    """Tells new texts from those that are saved and those that repeat another. Pure: it asks nobody.
 
     Identical texts are computed once: while the first is under way the others wait for its result; afterwards they
-    are read from the store. Without a store only texts under way are shared: an endless stream must not grow a set.
+    are known as written, if anything is written.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, Entry] = {}  # of each text under way the entry that is computed
+        self.settled_meanwhile: set[str] = set()
+
+    def sort(
+        self, client: Client, group: Sequence[Entry], found: Iterable[Found]
+    ) -> tuple[list[Work], list[Entry], list[Entry]]:
+        """Those to compute, those that are saved, and those that are finished; `found` is known of the texts."""
+        new: list[Work] = []
+        saved: list[Entry] = []
+        finished: list[Entry] = []
+        of_texts = iter(found)
+        for entry in group:
+            if isinstance(entry.item, Rejected):
+                finished.append(entry)
+                continue
+            entry.id, is_done, is_written = next(of_texts)
+            # 1. repeats one under way   2. saved by an earlier run   3. by this one, perhaps while that was asked
+            # 4. new
+            if entry.id in self._first:
+                self.join(client, entry, new, finished)
+            elif is_done or is_written or entry.id in self.settled_meanwhile:
+                entry.cached, entry.is_duplicate = is_done, not is_done
+                saved.append(entry)
+            else:
+                self.join(client, entry, new, finished)
+        return new, saved, finished
+
+    def join(self, client: Client, entry: Entry, new: list[Work], finished: list[Entry]) -> None:
+        """A text to compute, or one more that waits for the first of the same text."""
+        entry.cached = entry.is_duplicate = False
+        first = self._first.setdefault(entry.id, entry)
+        if first is entry:
+            entry.work = Work(client, entry.text, BULK)
+            entry.work.waiters.append(entry)
+            new.append(entry.work)
+            return
+        entry.is_duplicate, entry.work = True, first.work
+        if first.work is not None and first.work.is_pending:
+            first.work.waiters.append(entry)
+        else:
+            finished.append(entry)
+
+    def settled(self, group: Iterable[Entry]) -> None:
+        """Nobody needs to wait for these any more: they were saved, or nothing is."""
+        for entry in group:
+            if self._first.get(entry.id) is entry:
+                del self._first[entry.id]
+            if entry.is_computed:
+                self.settled_meanwhile.add(entry.id)
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+
+class Lookup:
+    """What a job's texts are, asked of its store. Without one only texts under way are shared: an endless stream must
+    not grow a set.
     """
 
     def __init__(self, store: Store | None, *, want_vectors: bool) -> None:
         self._store = store
         self._want_vectors = want_vectors
-        self._first: dict[str, Entry] = {}  # of each text under way the entry that is computed
-        self._settled_meanwhile: set[str] = set()
+        self._sharing = Sharing()
         self._found = DigestSet()  # texts of the input that an earlier run has saved
         self._thread = WorkerThread("asyncembed-lookup")
 
     def __repr__(self) -> str:
-        return f"<Lookup under_way={len(self._first)}>"
+        return f"<Lookup under_way={len(self._sharing)}>"
 
     @property
     def n_others(self) -> int | None:
@@ -190,16 +249,18 @@ class Lookup:
 
     async def look_up(self, client: Client, group: Sequence[Entry]) -> tuple[list[Work], list[Entry]]:
         """The texts that must be computed, and the entries that are finished. All others wait for one under way."""
-        self._settled_meanwhile.clear()
-        new, saved, finished = self._sort(client, group, await self._find(group))
+        self._sharing.settled_meanwhile.clear()
+        found = await self._find(group)
+        if self._store is None:  # what has settled is kept nowhere
+            self._sharing.settled_meanwhile.clear()
+        new, saved, finished = self._sharing.sort(client, group, found)
         if saved and self._store is not None and self._want_vectors:
             stored = await self._store.read_many([entry.id for entry in saved])
-            for entry, found in zip(saved, stored, strict=True):
-                if isinstance(found, CorruptRecordError):  # new again
-                    entry.cached = entry.is_duplicate = False
-                    self._join(client, entry, new, finished)
+            for entry, read in zip(saved, stored, strict=True):
+                if isinstance(read, CorruptRecordError):  # new again
+                    self._sharing.join(client, entry, new, finished)
                 else:
-                    entry.stored = found
+                    entry.stored = read
                     finished.append(entry)
         else:
             finished += saved
@@ -207,11 +268,7 @@ class Lookup:
 
     def settled(self, group: Iterable[Entry]) -> None:
         """These were saved, or there is no store: nobody needs to wait for them any more."""
-        for entry in group:
-            if self._first.get(entry.id) is entry:
-                del self._first[entry.id]
-            if entry.is_computed:
-                self._settled_meanwhile.add(entry.id)
+        self._sharing.settled(group)
 
     async def aclose(self) -> None:
         """Ends the thread."""
@@ -229,44 +286,6 @@ class Lookup:
         else:
             found = await self._thread.run(_identified, texts)
         return found
-
-    def _sort(
-        self, client: Client, group: Sequence[Entry], found: Iterable[Found]
-    ) -> tuple[list[Work], list[Entry], list[Entry]]:
-        """Those to compute, those to read back, and those that are finished."""
-        new: list[Work] = []
-        saved: list[Entry] = []
-        finished: list[Entry] = []
-        of_texts = iter(found)
-        for entry in group:
-            if isinstance(entry.item, Rejected):
-                finished.append(entry)
-                continue
-            entry.id, is_done, is_written = next(of_texts)
-            # 1. repeats one under way   2. saved by an earlier run   3. by this one, perhaps while that was asked
-            # 4. new
-            if entry.id in self._first:
-                self._join(client, entry, new, finished)
-            elif is_done or is_written or (self._store is not None and entry.id in self._settled_meanwhile):
-                entry.cached, entry.is_duplicate = is_done, not is_done
-                saved.append(entry)
-            else:
-                self._join(client, entry, new, finished)
-        return new, saved, finished
-
-    def _join(self, client: Client, entry: Entry, new: list[Work], finished: list[Entry]) -> None:
-        """A text to compute, or one more that waits for the first of the same text."""
-        first = self._first.setdefault(entry.id, entry)
-        if first is entry:
-            entry.work = Work(client, entry.text, BULK)
-            entry.work.waiters.append(entry)
-            new.append(entry.work)
-            return
-        entry.is_duplicate, entry.work = True, first.work
-        if first.work is not None and first.work.is_pending:
-            first.work.waiters.append(entry)
-        else:
-            finished.append(entry)
 
 
 def _identified(texts: Sequence[str]) -> list[Found]:
