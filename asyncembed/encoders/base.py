@@ -52,6 +52,17 @@ class Tokenizer(Protocol):
         ...
 
 
+def padded(rows: Sequence[Any], pad_id: int, *, on_left: bool) -> list[npt.NDArray[np.int64]]:
+    """Rows of ids as a model takes them: ids, mask and types, each of shape `(n_rows, longest)` int64."""
+    ids = np.full((len(rows), max(map(len, rows))), pad_id, np.int64)
+    mask = np.zeros_like(ids)
+    for number, row in enumerate(rows):
+        place = slice(-len(row), None) if on_left else slice(0, len(row))
+        ids[number, place] = row
+        mask[number, place] = 1
+    return [ids, mask, np.zeros_like(ids)]
+
+
 @runtime_checkable
 class IdTokenizer(Tokenizer, Protocol):
     """A tokenizer that can say what token ids mean. Needed only where texts are given as ids.

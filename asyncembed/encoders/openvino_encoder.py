@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
-from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, FloatMatrix, Tokenizer
+from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, FloatMatrix, Tokenizer, padded
 from asyncembed.encoders.failures import FailureKind, classify
 from asyncembed.encoders.graph_cache import (
     CachedGraph,
@@ -169,18 +169,11 @@ class OpenVinoEncoder:
 
     def _blank(self) -> list[Any]:
         """The smallest batch there is: a row of one padding token."""
-        ids, mask = np.full((1, 1), self._facts.pad_id, np.int64), np.ones((1, 1), np.int64)
-        return [ids, mask, np.zeros_like(ids)] if self._facts.with_types else [ids, mask]
+        return padded([[self._facts.pad_id]], 0, on_left=False)[: 3 if self._facts.with_types else 2]
 
     def _rows(self, batch: Batch) -> list[Any]:
-        longest, n_rows = batch.longest, len(batch.chunks)
-        ids = np.full((n_rows, longest), self._facts.pad_id, np.int64)
-        mask = np.zeros((n_rows, longest), np.int64)
-        for row, chunk in enumerate(batch.chunks):
-            start = longest - chunk.length if self._facts.pads_left else 0
-            ids[row, start : start + chunk.length] = chunk.ids
-            mask[row, start : start + chunk.length] = 1
-        return [ids, mask, np.zeros_like(ids)] if self._facts.with_types else [ids, mask]
+        arrays = padded([chunk.ids for chunk in batch.chunks], self._facts.pad_id, on_left=self._facts.pads_left)
+        return arrays if self._facts.with_types else arrays[:2]
 
 
 def import_openvino() -> Any:
@@ -342,14 +335,8 @@ def _probe_rows(encoder: TorchEncoder, length: int, n_rows: int, pads_left: bool
     rng = np.random.default_rng(length)
     size = min(int(getattr(encoder.model.tokenizer, "vocab_size", 1000) or 1000), 20_000)
     contents = rng.integers(min(size - 1, size // 20), size, (n_rows, length), dtype=np.int64)
-    ids = np.full((n_rows, length), encoder.pad_id, np.int64)
-    mask = np.zeros((n_rows, length), np.int64)
-    for row in range(n_rows):
-        n_tokens = max(2, length - row * length // (n_rows + 1))
-        place = slice(length - n_tokens, length) if pads_left else slice(0, n_tokens)
-        ids[row, place] = contents[row, :n_tokens]
-        mask[row, place] = 1
-    return ids, mask, np.zeros_like(ids)
+    rows = [contents[row, : max(2, length - row * length // (n_rows + 1))] for row in range(n_rows)]
+    return padded(rows, encoder.pad_id, on_left=pads_left)
 
 
 def _cosines(a: FloatMatrix, b: FloatMatrix) -> Any:

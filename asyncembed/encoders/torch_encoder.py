@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
-from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, FloatMatrix, Tokenizer
+from asyncembed.encoders.base import CHUNK_OF_UNLIMITED, UNLIMITED_TOKENS, FloatMatrix, Tokenizer, padded
 from asyncembed.encoders.prompts import (
     first_task,
     resolve_task,
@@ -306,17 +306,9 @@ class TorchEncoder:
     def _from_ids(self, batch: Batch) -> dict[str, Any]:
         import torch
 
-        rows, longest = len(batch.chunks), batch.longest
-        ids = np.full((rows, longest), self.pad_id, np.int64)
-        mask = np.zeros((rows, longest), np.int64)
-        for row, chunk in enumerate(batch.chunks):
-            place = slice(longest - chunk.length, longest) if self.pads_left else slice(0, chunk.length)
-            ids[row, place] = chunk.ids
-            mask[row, place] = 1
-        features = {**self._features, "input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        if self._types:
-            features["token_type_ids"] = torch.zeros((rows, longest), dtype=torch.int64)
-        return features
+        arrays = padded([chunk.ids for chunk in batch.chunks], self.pad_id, on_left=self.pads_left)
+        names = ("input_ids", "attention_mask", "token_type_ids")[: 3 if self._types else 2]
+        return {**self._features, **dict(zip(names, map(torch.from_numpy, arrays), strict=False))}
 
     def _from_texts(self, batch: Batch, prompt: str, task: str | None) -> dict[str, Any]:
         texts = [chunk.text for chunk in batch.chunks]
