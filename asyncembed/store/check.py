@@ -13,9 +13,10 @@ from asyncembed.store.digests import DigestSet
 from asyncembed.store.files import StorePaths, remove, storage_errors, temporary_of
 from asyncembed.store.format import STRANGE, Format, StoredText
 from asyncembed.store.formats import format_of
-from asyncembed.store.index import export, is_earlier, is_whole, reading
-from asyncembed.store.ledger import DONE, FAILED, KEY, Header, Ledger, Row, remove_ledger
+from asyncembed.store.index import ask, export, is_earlier, is_whole, reading
+from asyncembed.store.ledger import DONE, FAILED, KEY, Header, Ledger, LedgerDamaged, Row, remove_ledger
 from asyncembed.store.lock import FolderLock
+from asyncembed.store.reader import read_header
 from asyncembed.store.writer import FolderWriter
 
 _REBUILD = "asyncembed-store rebuild makes it anew"
@@ -59,12 +60,15 @@ class FolderCheck:
     def faults(self) -> Iterator[Fault]:
         """All that is wrong, as it is found."""
         with storage_errors(self._paths.root), closing(reading(self._paths)) as ledger:
-            self._header = ledger.header()
+            self._header = read_header(self._paths)
             listed = DigestSet()
-            for row in ledger.texts():
-                if row.kind == DONE:
-                    listed.add_many([row.id])
-                    yield from self._check(row.id, row)
+            try:
+                for row in ledger.texts():
+                    if row.kind == DONE:
+                        listed.add_many([row.id])
+                        yield from self._check(row.id, row)
+            except LedgerDamaged as error:
+                yield Fault(self._paths.ledger, f"is damaged ({error}); {_REBUILD}")
             for block in self._texts.ids():
                 known = listed.contains_many(block)
                 for name in (name for name, there in zip(block, known, strict=True) if not there):
@@ -151,14 +155,19 @@ class Failure:
 
 def failures(paths: StorePaths) -> tuple[list[Failure], bool]:
     """The texts that failed, and that the next run tries again, ids ascending; and whether these are all there were."""
-    with storage_errors(paths.root), closing(reading(paths)) as ledger:
-        found = {row.id: Failure(row.id, row.error or "", ()) for row in ledger.texts() if row.kind == FAILED}
-        for key, identity in ledger.owners() if found else ():
-            if identity in found:
-                found[identity] = replace(found[identity], keys=(*found[identity].keys, key))
-        is_lost = ledger.is_temporary and not (is_earlier(paths) and is_whole(paths.index))
+    with storage_errors(paths.root):
+        found, is_temporary = ask(paths, _failed)
+        is_lost = is_temporary and not (is_earlier(paths) and is_whole(paths.index))
         is_new = not any(map(os.path.exists, (paths.ledger, paths.index))) and not any(format_of(paths).ids())
-        return list(found.values()), is_new or not is_lost
+        return found, is_new or not is_lost
+
+
+def _failed(ledger: Ledger) -> tuple[list[Failure], bool]:
+    found = {row.id: Failure(row.id, row.error or "", ()) for row in ledger.texts() if row.kind == FAILED}
+    for key, identity in ledger.owners() if found else ():
+        if identity in found:
+            found[identity] = replace(found[identity], keys=(*found[identity].keys, key))
+    return list(found.values()), ledger.is_temporary
 
 
 def remove_damaged(paths: StorePaths, faults: Iterable[Fault]) -> Iterator[Fault]:
@@ -187,7 +196,7 @@ def rebuild(paths: StorePaths) -> Iterator[Fault]:
         lock.acquire()
         with storage_errors(paths.root):
             remove_ledger(temporary)
-            with closing(reading(paths)) as old, closing(Ledger.write(temporary)) as new:
+            with closing(reading(paths, thorough=True)) as old, closing(Ledger.write(temporary)) as new:
                 header = old.header()
                 if header is None:
                     raise StoreError(

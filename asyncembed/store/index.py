@@ -13,14 +13,19 @@ was under way.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from typing import Any, TypeVar
 
 from asyncembed.errors import StoreError
 from asyncembed.store.files import StorePaths, decode_json, encode_json, replacing
-from asyncembed.store.ledger import DONE, FAILED, KEY, REMOVED, Header, Ledger, Row
+from asyncembed.store.ledger import DONE, FAILED, KEY, REMOVED, Header, Ledger, LedgerDamaged, Row
+
+T = TypeVar("T")
+logger = logging.getLogger("asyncembed")
 
 VERSION = 2
 MOST_EXPORTED = 1_000_000
@@ -132,12 +137,26 @@ def take_over(ledger: Ledger, paths: StorePaths) -> None:
         ledger.append(_rows(paths.journal, _JOURNAL_LINE))
 
 
-def reading(paths: StorePaths) -> Ledger:
+def reading(paths: StorePaths, *, thorough: bool = False) -> Ledger:
     """The ledger as it is, or what index and journal say where there is none that can be read."""
-    ledger = Ledger.read(paths.ledger)
-    if ledger is None:
-        ledger = Ledger.temporary()
-        take_over(ledger, paths)
+    ledger = Ledger.read(paths.ledger, thorough=thorough)
+    return ledger if ledger is not None else _imported(paths)
+
+
+def ask(paths: StorePaths, question: Callable[[Ledger], T]) -> T:
+    """The answer of the ledger; of index and journal, where it turns out to be damaged."""
+    try:
+        with closing(reading(paths)) as ledger:
+            return question(ledger)
+    except LedgerDamaged as error:
+        logger.warning("%s: is damaged (%s); keys and failures may be missing", paths.ledger, error)
+        with closing(_imported(paths)) as ledger:
+            return question(ledger)
+
+
+def _imported(paths: StorePaths) -> Ledger:
+    ledger = Ledger.temporary()
+    take_over(ledger, paths)
     return ledger
 
 

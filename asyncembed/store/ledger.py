@@ -144,7 +144,7 @@ class Ledger:
         return ledger
 
     @classmethod
-    def read(cls, path: str) -> Ledger | None:
+    def read(cls, path: str, *, thorough: bool = False) -> Ledger | None:
         """The ledger at a path as it is at the moment; None if there is none, or none that can be read."""
         if not os.path.exists(path):
             return None
@@ -160,6 +160,8 @@ class Ledger:
                     ledger = cls(db, path)
                     ledger._check_version()
                     ledger._check_whole()
+                    if thorough and (said := db.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
+                        raise LedgerDamaged(said)
                     return ledger
             except (LedgerDamaged, OSError) as error:
                 reason = str(error)

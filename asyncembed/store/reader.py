@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +16,8 @@ from asyncembed.records import FloatVector, Rejected, SourceItem, Text, text_id
 from asyncembed.store.files import StorePaths, storage_errors
 from asyncembed.store.format import STRANGE, Format, StoredText
 from asyncembed.store.formats import format_of
-from asyncembed.store.index import header_of, reading
-from asyncembed.store.ledger import FAILED, Header, Ledger
+from asyncembed.store.index import ask, header_of
+from asyncembed.store.ledger import FAILED, Header
 from asyncembed.wording import kind_of
 
 _Stamp = tuple[int, int, int]
@@ -144,8 +143,8 @@ class StoredEmbeddings:
 
     def failures(self) -> dict[str, str]:
         """Id → reason of the texts that could not be embedded and have not been since."""
-        with storage_errors(self._paths.root), closing(reading(self._paths)) as ledger:
-            failed = [row for row in ledger.texts() if row.kind == FAILED]
+        with storage_errors(self._paths.root):
+            failed = ask(self._paths, lambda ledger: [row for row in ledger.texts() if row.kind == FAILED])
         return {row.id: row.error or "" for row in failed if self._texts.size(row.id) is None}
 
     def to_numpy(
@@ -242,24 +241,17 @@ class StoredEmbeddings:
         paths = self._paths
         stamp = tuple(map(_stamp, (paths.ledger, f"{paths.ledger}-wal", paths.index, paths.journal)))
         if stamp != self._by_key_stamp:
-            with storage_errors(paths.root), closing(reading(paths)) as ledger:
-                self._by_key = dict(ledger.owners())
+            with storage_errors(paths.root):
+                self._by_key = ask(paths, lambda ledger: dict(ledger.owners()))
             self._by_key_stamp = stamp
         return self._by_key
 
 
 def read_header(paths: StorePaths) -> Header | None:
-    """What a folder was made with; None if nothing says it.
-
-    Raises:
-        StoreError: A newer version of this library wrote it.
-        OSError: It cannot be read.
-    """
-    ledger = Ledger.read(paths.ledger)
-    if ledger is None:
+    """What a folder was made with; None if nothing says it."""
+    if not os.path.exists(paths.ledger):
         return header_of(paths)
-    with closing(ledger):
-        return ledger.header()
+    return ask(paths, lambda ledger: ledger.header())
 
 
 def _stamp(path: str) -> _Stamp:

@@ -6,8 +6,8 @@ import errno
 import logging
 import os
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import compress
 
 from asyncembed.errors import CorruptRecordError, StoreError, StoreMismatchError
@@ -149,7 +149,7 @@ class FolderWriter:
         A folder in which no text is stored takes any fingerprint.
         """
         ours = Header.of(fingerprint, made_with)
-        with storage_errors(self.paths.root):
+        with self._guarded():
             if self._wipe:  # not before there is something to put in the place of what is there: see `commit`
                 self.header = ours
             elif self.header is not None and (self.done or self.header.fingerprint == ours.fingerprint):
@@ -187,19 +187,8 @@ class FolderWriter:
         """Save a micro-batch: each file whole, then their rows in one transaction."""
         if not self._claimed:
             raise AssertionError("records are committed before the folder was claimed: this is a bug")
-        try:
-            with storage_errors(self.paths.root):
-                self._commit(records)
-        except LedgerDamaged as error:
-            self._broken = True
-            self._lose_ledger(error)
-            raise StoreError(
-                f"{self.paths.ledger}: was damaged while the job ran ({error}); run the same command again: it is made "
-                "anew, and what is saved stays"
-            ) from error
-        except BaseException:
-            self._broken = True
-            raise
+        with self._guarded():
+            self._commit(records)
 
     def reject(self, rows: Sequence[tuple[str | None, Rejected]]) -> None:
         """Write skipped rows, each with its place, to `errors.jsonl`."""
@@ -221,10 +210,10 @@ class FolderWriter:
                 with storage_errors(self.paths.errors):
                     append_lines(self.paths.errors, [_error_line(record) for record in self._held])
             if self._additions is not None and self._ledger is not None and not self._broken:
-                with storage_errors(self.paths.root):
+                with self._guarded():
                     self._ledger.append(self._additions.settle())
             if complete and not self._broken and self._ledger is not None:
-                with storage_errors(self.paths.root):
+                with self._guarded():
                     self._complete(self._ledger)
                 is_ended = True
         finally:
@@ -310,6 +299,23 @@ class FolderWriter:
             self._ledger.close()
             self._ledger = self._additions = None
         remove_ledger(self.paths.ledger)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What goes wrong in the block is a `StoreError`, and leaves the folder for the next run to put in order."""
+        try:
+            with storage_errors(self.paths.root):
+                yield
+        except LedgerDamaged as error:
+            self._broken = True
+            self._lose_ledger(error)
+            raise StoreError(
+                f"{self.paths.ledger}: was damaged while the job ran ({error}); run the same command again: it is made "
+                "anew, and what is saved stays"
+            ) from error
+        except BaseException:
+            self._broken = True
+            raise
 
     def _lose_ledger(self, error: LedgerDamaged) -> None:
         _log.warning("%s: is damaged (%s); it is made anew from index and files", self.paths.ledger, error)

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncembed.cli.store import run
 from asyncembed.errors import StoreError
 from asyncembed.records import text_id
 from asyncembed.store import Store, open_embeddings
@@ -103,6 +104,28 @@ def test_file_of_another_program_under_the_ledgers_name_is_refused(
 def _database(path: Path) -> None:
     with closing(sqlite3.connect(path)) as other:
         other.execute("create table log(note text)")
+
+
+def test_ledger_damaged_where_only_a_whole_look_finds_it_is_read_from_the_index_and_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def fill() -> None:
+        async with opened(tmp_path) as store:
+            await store.commit([record("one", "a"), *(failure(f"bad {n}", "why " * 9, f"k{n}") for n in range(3000))])
+
+    asyncio.run(fill())
+    ledger = tmp_path / "ledger.sqlite"
+    data = ledger.read_bytes()
+    ledger.write_bytes(data[: len(data) // 2] + b"\xa5" * (len(data) - len(data) // 2))
+    stored = open_embeddings(tmp_path)
+    assert stored.by_key("a").text == "one"
+    assert len(stored.failures()) == 3000
+    assert run(["failures", str(tmp_path)]) == 1  # the index may lack some
+    assert run(["verify", str(tmp_path)]) == 1
+    assert "ledger.sqlite: is damaged" in capsys.readouterr().out
+    assert run(["rebuild", str(tmp_path)]) == 0
+    assert run(["verify", str(tmp_path)]) == 0
+    assert len(open_embeddings(tmp_path).failures()) == 3000
 
 
 _WRITER = """
