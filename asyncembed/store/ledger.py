@@ -245,17 +245,17 @@ class Ledger:
         """The texts that were there at the last clean end."""
         with _translated(self._path):
             found = self._db.execute("select value from meta where name = 'n_done'").fetchone()
-        return None if found is None else int(found[0])
+        return None if found is None or not str(found[0]).isdecimal() else int(found[0])
 
     def texts(self) -> Iterator[Row]:
         """What became of each text, ids ascending, with the key that it came with then."""
-        return (
-            Row(kind, identity.hex(), *rest)
-            for identity, kind, *rest, _ in self._copied(
-                "select id, kind, key, n_tokens, n_chunks, size, error, max(seq) from log where kind <> 'key' "
-                "group by id"
-            )
-        )
+        for identity, kind, key, n_tokens, n_chunks, size, error, _ in self._copied(
+            "select id, kind, key, n_tokens, n_chunks, size, error, max(seq) from log where kind <> 'key' group by id"
+        ):
+            numbers_fit = all(isinstance(number, int | None) for number in (n_tokens, n_chunks, size))
+            if kind not in (DONE, FAILED, REMOVED) or not numbers_fit or not isinstance(error, str | None):
+                raise LedgerDamaged("a row is not as it was written")
+            yield Row(kind, _hex(identity), key, n_tokens, n_chunks, size, error)
 
     def done(self) -> Iterator[str]:
         """The texts that are called done, ids ascending."""
@@ -267,7 +267,7 @@ class Ledger:
             "select id, size, max(seq) from log where kind = 'done' and run in (select run from runs where not clean) "
             "group by id"
         )
-        return ((identity.hex(), size) for identity, size, _ in rows)
+        return ((_hex(identity), size) for identity, size, _ in rows)
 
     def owners(self) -> Iterator[tuple[str, str]]:
         """Each key and the text that has it, ids ascending, the keys of a text in the order they came."""
@@ -275,12 +275,12 @@ class Ledger:
             "select key, id from (select key, id, max(seq) as seq from log where key is not null group by key) "
             "order by id, seq"
         )
-        return ((key, identity.hex()) for key, identity in rows)
+        return ((str(key), _hex(identity)) for key, identity in rows)
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Every text and each key that it ever came with."""
         rows = self._copied("select distinct id, key from log where key is not null")
-        return ((identity.hex(), key) for identity, key in rows)
+        return ((_hex(identity), str(key)) for identity, key in rows)
 
     def is_empty(self) -> bool:
         """Whether nothing was appended yet."""
@@ -369,6 +369,12 @@ def is_ours(path: str) -> bool | None:
     return is_empty or application == _APPLICATION
 
 
+def _hex(identity: object) -> str:
+    if not isinstance(identity, bytes) or len(identity) != 32:
+        raise LedgerDamaged("a row is not as it was written")
+    return identity.hex()
+
+
 def _raw(text: str | None) -> bytes | None:
     return None if text is None else text.encode("utf-8", "surrogatepass")
 
@@ -381,6 +387,8 @@ def _translated(path: str) -> Iterator[None]:
     """SQLite's errors as what they are: damage, or a disk that refuses."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise LedgerDamaged("a text in it is none") from error
     except sqlite3.Error as error:
         told = str(error)
         # 1. damage; tables that another program made are no better   2. what the path says   3. what SQLite says

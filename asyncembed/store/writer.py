@@ -209,13 +209,15 @@ class FolderWriter:
             if self._held:
                 with storage_errors(self.paths.errors):
                     append_lines(self.paths.errors, [_error_line(record) for record in self._held])
-            if self._additions is not None and self._ledger is not None and not self._broken:
-                with self._guarded():
-                    self._ledger.append(self._additions.settle())
-            if complete and not self._broken and self._ledger is not None:
-                with self._guarded():
-                    self._complete(self._ledger)
-                is_ended = True
+            if self._ledger is not None and not self._broken:
+                with storage_errors(self.paths.root):
+                    if self._additions is not None:
+                        self._ledger.append(self._additions.settle())
+                    if complete:
+                        self._complete(self._ledger)
+                is_ended = complete
+        except LedgerDamaged as error:  # all texts are saved: the next run makes it anew
+            self._lose_ledger(error)
         finally:
             if self._ledger is not None:
                 self._ledger.close(plain=is_ended)
@@ -265,7 +267,7 @@ class FolderWriter:
         """Remove files of runs that did not end by themselves, whose size is not what was written."""
         for identity, size in ledger.unchecked():
             found = self._texts.size(identity)
-            if found is not None and size is not None and found != size:
+            if found is not None and isinstance(size, int) and found != size:
                 place = self._texts.place(identity)
                 _log.warning("%s: torn (%d bytes of %d); its text will be embedded again", place, found, size)
                 self._texts.remove(identity)
