@@ -15,7 +15,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,8 +160,8 @@ class Ledger:
                     ledger = cls(db, path)
                     ledger._check_version()
                     ledger._check_whole()
-                    if thorough and (said := db.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
-                        raise LedgerDamaged(said)
+                    if thorough:
+                        ledger._check_rows()
                     return ledger
             except (LedgerDamaged, OSError) as error:
                 reason = str(error)
@@ -214,6 +214,13 @@ class Ledger:
             raise LedgerDamaged("it is cut short")
         for table in ("meta", "runs", "log"):
             self._db.execute(f"select * from {table} limit 1").fetchone()
+
+    def _check_rows(self) -> None:
+        """Whether every page and every row can be read."""
+        if (said := self._db.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
+            raise LedgerDamaged(said)
+        for _ in chain(self.texts(), self.owners()):
+            pass
 
     def close(self, *, plain: bool = False) -> None:
         """Close it. With `plain`, what other processes need while it is written goes into the one file. Idempotent."""

@@ -128,6 +128,25 @@ def test_ledger_damaged_where_only_a_whole_look_finds_it_is_read_from_the_index_
     assert len(open_embeddings(tmp_path).failures()) == 3000
 
 
+@pytest.mark.parametrize(
+    "damage",
+    ["id = 'no id'", "id = x'00'", "kind = 'odd'", "size = x'00'", "error = x'00'", "key = cast(x'e5' as text)"],
+)
+def test_rows_that_nobody_wrote_are_damage(tmp_path: Path, damage: str) -> None:
+    async def fill() -> None:
+        async with opened(tmp_path) as store:
+            await store.commit([record("one", "a"), failure("bad", "too long", "b")])
+
+    asyncio.run(fill())
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)) as ledger:
+        ledger.execute(f"update log set {damage}")
+    stored = open_embeddings(tmp_path)
+    assert stored.by_key("a").text == "one"
+    assert list(stored.failures().values()) == ["too long"]
+    assert run(["rebuild", str(tmp_path)]) == 0
+    assert run(["verify", str(tmp_path)]) == 0
+
+
 _WRITER = """
 import asyncio, sys
 from tests.store.making import FINGERPRINT, MADE_WITH, failure, record
