@@ -225,7 +225,9 @@ class Ledger:
     def close(self, *, plain: bool = False) -> None:
         """Close it. With `plain`, what other processes need while it is written goes into the one file. Idempotent."""
         if plain:
-            with contextlib.suppress(sqlite3.Error):  # somebody is reading: the next clean end does it
+            with contextlib.suppress(
+                sqlite3.Error, UnicodeDecodeError
+            ):  # somebody is reading: the next clean end does it
                 self._db.execute("pragma journal_mode = delete")
         with contextlib.suppress(sqlite3.Error):
             self._db.close()
@@ -371,7 +373,7 @@ def is_ours(path: str) -> bool | None:
         try:
             application: int = db.execute("pragma application_id").fetchone()[0]
             is_empty = db.execute("select 1 from sqlite_master limit 1").fetchone() is None
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):  # the second in an error's own words
             return None
     return is_empty or application == _APPLICATION
 

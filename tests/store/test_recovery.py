@@ -64,11 +64,16 @@ def _spoil_pages(path: Path) -> None:
     path.write_bytes(data[:4096] + b"\xa5" * (len(data) - 4096))
 
 
+def _spoil_schema(path: Path) -> None:
+    """SQLite quotes it in its errors, and it is no UTF-8."""
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE", b"CREATE T\xb2BLE"))
+
+
 def _kept(path: Path) -> None:
     """Nothing happens to it."""
 
 
-DAMAGES = [_kept, Path.unlink, _half, _empty, _zeros, _other_bytes, _spoil_pages]
+DAMAGES = [_kept, Path.unlink, _half, _empty, _zeros, _other_bytes, _spoil_pages, _spoil_schema]
 
 
 @pytest.mark.parametrize("to_index", [_kept, Path.unlink, _half])
