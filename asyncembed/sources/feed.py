@@ -95,7 +95,7 @@ class Handoff:
         """No more items will come; the reader raises `error` after the last."""
         self._error = error
         self.is_ended = True
-        self._wake_reader()
+        self._wake()  # in any case: an error may have come between the flag's fall and the call before
 
     def _wake_reader(self) -> None:
         if self._reader_waits:

@@ -96,3 +96,18 @@ def test_put_that_waits_for_room_ends_when_the_reader_closes() -> None:
     thread.join()
     assert answers == [False]
     assert handoff.n_chars == 0
+
+
+def test_end_wakes_the_reader_whom_an_interrupted_put_left_asleep() -> None:
+    handoff, woken = Handoff(), threading.Event()
+
+    def interrupted() -> None:
+        handoff.attach(woken.set)
+        raise TimeoutError  # as a signal handler may, between two steps of `put`
+
+    handoff.attach(interrupted)
+    assert handoff.take() == []
+    with pytest.raises(TimeoutError):
+        handoff.put("a")
+    handoff.finish()
+    assert woken.is_set()
