@@ -261,15 +261,10 @@ class Batch:
 
     Attributes:
         chunks: The rows.
-        waited: For each row when it came into the heap and its place among all that came, which it keeps when it goes
-            back; empty if the rows come from elsewhere.
-        limit: The padded tokens that it was cut for; 0 if it was not cut.
         is_small: It was cut for less than the limit of the time, and says nothing about that.
     """
 
     chunks: tuple[Chunk, ...]
-    waited: tuple[tuple[int, int], ...] = ()
-    limit: int = 0
     is_small: bool = False
 
     @property
@@ -296,5 +291,4 @@ class Batch:
 
     def part(self, rows: Sequence[int]) -> Batch:
         """Some of the rows, in a batch that is small."""
-        waited = tuple(self.waited[row] for row in rows) if self.waited else ()
-        return Batch(tuple(self.chunks[row] for row in rows), waited, self.limit, is_small=True)
+        return Batch(tuple(self.chunks[row] for row in rows), is_small=True)

@@ -272,7 +272,7 @@ class AsyncEmbedder:
         requests = self._requests
         if requests is None:
             return EmbedderStatistics(self._state, max_pending_bytes=self._max_bytes)
-        engine = requests.engine.statistics()
+        engine = requests.engine
         queues = (requests.urgent.statistics(), requests.later.statistics())
         return EmbedderStatistics(
             state=self._state,
@@ -285,9 +285,9 @@ class AsyncEmbedder:
             cache_bytes=requests.cache.n_bytes,
             cache_hits=requests.cache.n_hits,
             truncations=requests.client.truncated_texts,
-            waiting_chunks=engine.heap.n_chunks,
+            waiting_chunks=len(engine.scheduler.heap),
             token_limit=engine.token_limit,
-            **asdict(engine.encoders),
+            **asdict(engine.statistics),
         )
 
     async def engine(self) -> Engine:
@@ -398,7 +398,9 @@ class AsyncEmbedder:
             thread, max_rows = self._model_thread, self.options.batch_size
             encoder = EncoderThread(limits.encoder, limits.estimator, thread=thread, max_rows=max_rows, memory=limits)
             sizes = (self._max_bytes, self._cache_bytes)
-            requests = Requests(Engine(encoder), chunkers, self.options, self._kind_prompts, *sizes)
+            requests = Requests(
+                Engine(encoder, is_interactive=True), chunkers, self.options, self._kind_prompts, *sizes
+            )
             self._requests = requests
             self._state = "open"
             self._ready.set()

@@ -204,11 +204,12 @@ class EngineClient(Client):
         if work not in self._open or work.priority <= priority:
             return
         intake = self._intake_of(work)
-        if intake.remove(work):
-            work.priority = priority
+        was_waiting = intake.remove(work)
+        work.priority = priority
+        if was_waiting:
             intake.add(work)
         else:
-            self._engine.reprioritise(work, priority)
+            self._engine.hasten(work)
 
     def discard(self, works: Sequence[Work]) -> None:
         """Nobody waits for these texts any more: drops them wherever they are, before they cost anything."""

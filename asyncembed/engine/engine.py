@@ -8,36 +8,40 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 from weakref import WeakSet
 
 import anyio
 
 from asyncembed.encoders.base import Encoder
 from asyncembed.encoders.failures import FailureKind
-from asyncembed.engine.heap import HeapStatistics
-from asyncembed.engine.model_thread import EncoderStatistics, EncoderThread, Outcome
-from asyncembed.engine.scheduler import BULK, Scheduler
+from asyncembed.engine.model_thread import EncoderThread, Outcome
+from asyncembed.engine.scheduler import Scheduler
 from asyncembed.engine.work import Client, Work
 from asyncembed.options import EmbedOptions
 
 logger = logging.getLogger("asyncembed")
 
 
-class EngineStatistics(NamedTuple):
-    """What the engine did, and what waits in it."""
+@dataclass(slots=True)
+class EngineStatistics:
+    """Totals since the start; tokens include prompt and special tokens."""
 
-    encoders: EncoderStatistics
-    heap: HeapStatistics
-    token_limit: int
+    batches: int = 0
+    ooms: int = 0
+    row_tokens: int = 0
+    padded_tokens: int = 0
+    model_seconds: float = 0.0
 
 
 class Engine:
     """One scheduler, the encoders that it feeds (at least one), and the clients whose texts these embed."""
 
-    def __init__(self, *encoders: EncoderThread) -> None:
+    def __init__(self, *encoders: EncoderThread, is_interactive: bool = False) -> None:
         self.encoders = encoders
-        self.scheduler = Scheduler(interactive_below=BULK)
+        self.scheduler = Scheduler(is_interactive=is_interactive)
+        self.statistics = EngineStatistics()
         self._clients: WeakSet[Client] = WeakSet()  # each lives as long as its user keeps it
         self._closed = False
         self._error: Exception | None = None
@@ -50,20 +54,10 @@ class Engine:
         """The model."""
         return self.encoders[0].encoder
 
-    def statistics(self) -> EngineStatistics:
-        """What was done and what waits, of all clients."""
-        found = [encoder.statistics for encoder in self.encoders]
-        return EngineStatistics(
-            EncoderStatistics(
-                batches=sum(one.batches for one in found),
-                ooms=sum(one.ooms for one in found),
-                row_tokens=sum(one.row_tokens for one in found),
-                padded_tokens=sum(one.padded_tokens for one in found),
-                model_seconds=sum(one.model_seconds for one in found),
-            ),
-            self.scheduler.heap.statistics(),
-            self.encoders[0].state.limit,
-        )
+    @property
+    def token_limit(self) -> int:
+        """The limit of a batch in padded tokens."""
+        return self.encoders[0].state.limit
 
     def add(self, client: Client) -> None:
         """One more whose texts come here; it fails at once if the engine has."""
@@ -96,29 +90,22 @@ class Engine:
         """Enqueues the chunks of texts."""
         if works:
             self.scheduler.push(works)
-            self._notify()
+            self.wake()
 
     def hasten(self, work: Work) -> None:
         """Puts a text's chunks into the next batch."""
         if self.scheduler.heap.hasten(work):
-            self._notify()
-
-    def reprioritise(self, work: Work, priority: int) -> None:
-        """Puts a text's chunks into another class."""
-        if self.scheduler.heap.reprioritise(work, priority):
-            self._notify()
+            self.wake()
 
     def drop(self, works: Sequence[Work]) -> None:
         """Drops texts of one client that nobody waits for any more."""
         self.scheduler.drop(works)
-        for encoder in self.encoders:
-            encoder.withdraw_unwanted(self.scheduler)
+        self._withdraw_unwanted()
 
     def stop(self, client: Client) -> None:
         """Drops all of a client's texts but those in a batch in hand."""
         self.scheduler.stop(client)
-        for encoder in self.encoders:
-            encoder.withdraw_unwanted(self.scheduler)
+        self._withdraw_unwanted()
 
     def holds(self, client: Client) -> bool:
         """Whether chunks of a client are in a batch in hand."""
@@ -136,9 +123,9 @@ class Engine:
         for encoder in self.encoders:
             encoder.wake.set()
 
-    def _notify(self) -> None:
+    def _withdraw_unwanted(self) -> None:
         for encoder in self.encoders:
-            encoder.notify(self.scheduler)
+            encoder.withdraw_unwanted()
 
     def _is_done(self) -> bool:
         return self._closed and not self.scheduler and not any(encoder.n_in_hand for encoder in self.encoders)
@@ -155,7 +142,7 @@ class Engine:
                 self._settle(encoder, outcome)
 
     def _settle(self, encoder: EncoderThread, outcome: Outcome) -> None:
-        batch, totals = outcome.batch, encoder.statistics
+        batch, totals = outcome.batch, self.statistics
         totals.model_seconds += outcome.seconds
         if outcome.vectors is not None:
             is_probe = batch is encoder.state.probe
@@ -175,7 +162,6 @@ class Engine:
                 logger.info(
                     "out of memory at %d padded tokens; the limit is %d now", batch.padded_tokens, encoder.state.limit
                 )
-                encoder.withdraw(self.scheduler)
             if len(self.encoders) > 1:
                 self.wake()  # what is tried again may run on any of them
         of_clients: dict[Client, list[Work]] = {chunk.work.client: [] for chunk in batch.chunks}

@@ -13,7 +13,6 @@ of the useful tokens for limits of 1,024 and 4,096; arrival order gives 170 to 2
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -82,9 +81,9 @@ class Window:
         """Drops all other rows."""
         self.lengths, self.born, self.tickets = self.lengths[kept], self.born[kept], self.tickets[kept]
 
-    def cut(self, rows: Rows) -> list[tuple[int, int]]:
-        """Takes rows out: when each came, and its ticket."""
-        taken = list(zip(self.born[rows].tolist(), self.tickets[rows].tolist(), strict=True))
+    def cut(self, rows: Rows) -> list[int]:
+        """Takes rows out: their tickets."""
+        taken: list[int] = self.tickets[rows].tolist()
         kept = np.ones(len(self.lengths), np.bool_)
         kept[rows] = False
         self.keep(kept)
@@ -196,13 +195,6 @@ long for them, at 2 to 10 % of the device's speed."""
 _HASTENED = -(1 << 62)
 
 
-class HeapStatistics(NamedTuple):
-    """What waits: chunks, and their tokens with prompt and special tokens."""
-
-    n_chunks: int
-    n_tokens: int
-
-
 class ChunkHeap:
     """Chunks waiting for the model, and the choice of which run next.
 
@@ -222,7 +214,6 @@ class ChunkHeap:
         self._clock = 0
         self._forced_at = -FORCED_EVERY
         self._interactive_at = -BESIDE - 1
-        self._last: tuple[Batch | None, int, Client | None, int] = (None, self._forced_at, None, 0)
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -230,9 +221,9 @@ class ChunkHeap:
     def __repr__(self) -> str:
         return f"<ChunkHeap chunks={len(self)} tokens={self.n_tokens} batches_given={self._clock}>"
 
-    def statistics(self) -> HeapStatistics:
-        """How much waits."""
-        return HeapStatistics(len(self), self.n_tokens)
+    def is_deep(self, limit: int, max_rows: int | None) -> bool:
+        """Whether several batches' worth waits."""
+        return self.n_tokens >= SHALLOW * limit or (max_rows is not None and len(self) >= SHALLOW * max_rows)
 
     def most_urgent(self) -> int | None:
         """The most urgent class that waits and may run; None if there is none."""
@@ -246,18 +237,6 @@ class ChunkHeap:
                 self._add(chunk, self._clock, self._next_ticket)
                 self._next_ticket += 1
 
-    def put_back(self, batch: Batch) -> None:
-        """Lets the chunks of a batch that did not run wait again, as old as they were.
-
-        If it is the one that was taken last, nobody's turn was used up by it.
-        """
-        last, forced_at, client, served_at = self._last
-        if batch is last and client is not None:
-            self._forced_at, client.served_at = forced_at, served_at
-            self._last = (None, forced_at, None, 0)
-        for chunk, (born, ticket) in zip(batch.chunks, batch.waited, strict=True):
-            self._add(chunk, born, ticket)
-
     def take(self, limit: int, max_rows: int | None = None, *, share: int | None = None) -> Batch | None:
         """The next batch, or None if nothing waits that may run."""
         places = [place for place in self._windows if not place[1].is_held]
@@ -267,7 +246,6 @@ class ChunkHeap:
         rows = max(1, max_rows) if max_rows is not None else len(self._chunks)
         for place in places:
             self._windows[place].sort()
-        forced_at = self._forced_at
         chosen, forced = self._most_urgent(places)
         priority, client = chosen
         window = self._windows[chosen]
@@ -295,13 +273,9 @@ class ChunkHeap:
             if end:
                 taken += filling.cut(slice(max(0, end - room), end))
         self._clock += 1
-        self._last = (None, forced_at, client, client.served_at)
         client.served_at = self._clock
         self._drop_empty()
-        popped = tuple(self._pop(ticket) for _, ticket in taken)
-        batch = Batch(popped, tuple(taken), limit, is_small=limit < full)
-        self._last = (batch, *self._last[1:])
-        return batch
+        return Batch(tuple(map(self._pop, taken)), is_small=limit < full)
 
     def hasten(self, work: Work) -> bool:
         """Makes the chunks of a text the oldest of all, so that the next batch takes them. False if none wait."""
@@ -323,20 +297,6 @@ class ChunkHeap:
                     window.keep(~mine)
             self._drop_empty()
         return n_dropped
-
-    def reprioritise(self, work: Work, priority: int) -> int:
-        """Puts a text, and its waiting chunks as old as they are, into another class; how many waited."""
-        n_moved = 0
-        work.priority = priority
-        for window in self._windows_of(work.client):
-            mine = _rows_of(window, [work])
-            if mine.any():
-                moved = window.cut(np.flatnonzero(mine))
-                for born, ticket in moved:
-                    self._add(self._pop(ticket), born, ticket)
-                n_moved += len(moved)
-        self._drop_empty()
-        return n_moved
 
     def discard_client(self, client: Client) -> None:
         """Drops all that waits of a client."""

@@ -1,4 +1,4 @@
-"""The model's thread: batches in, outcomes out, as many under way as the encoder takes, and one more ready."""
+"""The model's thread: batches in, outcomes out, as many under way as the encoder takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -142,24 +141,6 @@ class ModelRunner:
         return self._ended - begun
 
 
-@dataclass(slots=True)
-class EncoderStatistics:
-    """Totals since the start; tokens include prompt and special tokens."""
-
-    batches: int = 0
-    ooms: int = 0
-    row_tokens: int = 0
-    padded_tokens: int = 0
-    model_seconds: float = 0.0
-
-
-class _Submitted(NamedTuple):
-    """A batch given to the model's thread."""
-
-    batch: Batch
-    future: Future[Outcome | None]
-
-
 class EncoderThread:
     """One encoder with the thread that owns it, and the batches that are on their way to it and in it."""
 
@@ -174,76 +155,63 @@ class EncoderThread:
     ) -> None:
         self.encoder = encoder
         self.state = EncoderState(estimator, max_rows)
-        self.statistics = EncoderStatistics()
         self.thread = thread
         self.wake = asyncio.Event()
         self._memory = memory
         self._runner = ModelRunner(encoder, memory)
-        self._in_model: dict[int, Batch] = {}
-        self._submitted: deque[_Submitted] = deque()
+        self._in_hand: dict[int, Batch] = {}  # without an outcome yet
+        self._calls: deque[tuple[Batch, Future[Outcome | None]]] = deque()  # each begins one of these
 
     def __repr__(self) -> str:
-        return f"<EncoderThread submitted={len(self._submitted)} in_model={len(self._in_model)} {self.state!r}>"
+        return f"<EncoderThread in_hand={self.n_in_hand} {self.state!r}>"
 
     @property
     def n_in_hand(self) -> int:
         """Batches that are on their way to the model or in it."""
-        return len(self._in_model) + len(self._submitted)
+        return len(self._in_hand)
 
     def holds(self, client: Client) -> bool:
         """Whether chunks of a client are in a batch in hand."""
-        batches = [*self._in_model.values(), *(item.batch for item in self._submitted)]
-        return any(chunk.work.client is client for batch in batches for chunk in batch.chunks)
+        return any(chunk.work.client is client for batch in self._in_hand.values() for chunk in batch.chunks)
 
     def submit_more(self, scheduler: Scheduler) -> None:
-        """Keeps all slots of the encoder busy, and one batch ready."""
+        """Keeps all slots of the encoder busy, and where much waits one batch ready."""
         slots = self.encoder.slots
-        while self.n_in_hand <= slots:
+        while self.n_in_hand < slots + scheduler.may_choose_ahead(self.state):
             batch = scheduler.next_batch(self.state, slots - self.n_in_hand)
             if batch is None:
                 return
             learnt = self._memory.estimator.learnt() if self._memory is not None else None
-            future = self.thread.submit(self._runner.advance, batch, learnt)
-            self._submitted.append(_Submitted(batch, future))
+            call = self.thread.submit(self._runner.advance, batch, learnt)
+            self._in_hand[id(batch)] = batch
+            self._calls.append((batch, call))
             loop = asyncio.get_running_loop()
-            future.add_done_callback(lambda _, loop=loop: _call_soon(loop, self.wake.set))  # type: ignore[misc]
+            call.add_done_callback(lambda _, loop=loop: _call_soon(loop, self.wake.set))  # type: ignore[misc]
 
     async def next_outcome(self) -> Outcome | None:
         """The next batch that ended; None if there is none to wait for, or something else has changed."""
-        if self._submitted and self._submitted[0].future.done():
-            first = self._submitted.popleft()
-            self._in_model[id(first.batch)] = first.batch
-            outcome = first.future.result()
-        elif not self._submitted and self._in_model:
+        if self._calls and self._calls[0][1].done():
+            outcome = self._calls.popleft()[1].result()
+        elif not self._calls and self._in_hand:
             outcome = await self.thread.run(self._runner.advance, None)
         else:
             await self.wake.wait()
             self.wake.clear()
             return None
         if outcome is not None:
-            del self._in_model[id(outcome.batch)]
+            del self._in_hand[id(outcome.batch)]
         return outcome
 
-    def notify(self, scheduler: Scheduler) -> None:
-        """Chunks have arrived: a batch that is only kept ready is chosen anew if that is worth it."""
-        if self._submitted:
-            last = self._submitted[-1].batch
-            is_spare = self.n_in_hand > self.encoder.slots and not scheduler.is_full(self.state, last)
-            if is_spare or scheduler.is_urgent_beside(last):
-                self.withdraw(scheduler)
+    def withdraw_unwanted(self) -> None:
+        """Takes batches back that have not begun, if nobody waits for any of their chunks."""
+        while self._calls:
+            batch, call = self._calls[-1]
+            is_wanted = batch is self.state.probe or any(chunk.work.is_wanted for chunk in batch.chunks)
+            if is_wanted or not call.cancel():
+                break
+            self._calls.pop()
+            del self._in_hand[id(batch)]
         self.wake.set()
-
-    def withdraw_unwanted(self, scheduler: Scheduler) -> None:
-        """Takes batches back that have not begun, if nobody waits for some of their chunks any more."""
-        submitted = [chunk for item in self._submitted for chunk in item.batch.chunks]
-        if any(not chunk.work.is_wanted for chunk in submitted):
-            self.withdraw(scheduler)
-        self.wake.set()
-
-    def withdraw(self, scheduler: Scheduler) -> None:
-        """Takes back batches that have not begun."""
-        while self._submitted and self._submitted[-1].future.cancel():
-            scheduler.put_back(self.state, self._submitted.pop().batch)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:

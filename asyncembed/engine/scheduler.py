@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 from asyncembed.encoders.base import FloatMatrix
@@ -25,12 +24,6 @@ BROKEN_AFTER = 16
 INTERACTIVE = 0
 BULK = 10
 """Classes of urgency: somebody waits for it, or a job that is in no hurry. Below `BULK` batches are small."""
-
-FULL = 0.9
-"""A prepared batch this full of useful tokens is not chosen anew when more chunks arrive."""
-
-FULL_IF_SMALL = 0.5
-"""The same of one that was cut for less than the limit: of rows alike in length one more would not fit."""
 
 
 class LimitEstimator(Protocol):
@@ -70,6 +63,7 @@ class EncoderState:
         self._probe_waits = False
         self._passed: Chunk | None = None
         self._failed_in_a_row = 0
+        self._was_doubted = False
 
     def __repr__(self) -> str:
         return f"<EncoderState limit={self.limit}{' probing' if self.probe is not None else ''}>"
@@ -79,15 +73,16 @@ class EncoderState:
         """The limit of a batch in padded tokens."""
         return current_limit(self.estimator)
 
+    def is_doubted(self) -> bool:
+        """Whether other texts should run before more of those that fail, as none has passed yet. True once."""
+        is_doubted = self._passed is None and self._failed_in_a_row >= BROKEN_AFTER // 2 and not self._was_doubted
+        self._was_doubted = self._was_doubted or is_doubted
+        return is_doubted
+
     def take_probe(self) -> Batch | None:
         """The probe, if one waits to be run."""
         waits, self._probe_waits = self._probe_waits, False
         return self.probe if waits else None
-
-    def put_back(self, batch: Batch) -> bool:
-        """Lets the probe wait again; False if the batch is another."""
-        self._probe_waits = batch is self.probe
-        return self._probe_waits
 
     def passed(self, batch: Batch) -> bool:
         """Learns that a batch ran; whether it was the probe."""
@@ -108,11 +103,17 @@ class EncoderState:
 
 
 class Scheduler:
-    """Chooses batches from the heap and from what is left of batches that failed."""
+    """Chooses batches from the heap and from what is left of batches that failed.
 
-    def __init__(self, *, interactive_below: int = 0) -> None:
-        self.heap = ChunkHeap(interactive_below=interactive_below)
-        self._retries: deque[Batch] = deque()  # parts of batches that failed; none of them has `waited`
+    Attributes:
+        is_interactive: Somebody may wait for an answer: what is more urgent than `BULK` runs in small batches, and no
+            batch is chosen before the model can take it.
+    """
+
+    def __init__(self, *, is_interactive: bool = False) -> None:
+        self.is_interactive = is_interactive
+        self.heap = ChunkHeap(interactive_below=BULK if is_interactive else 0)
+        self._retries: deque[Batch] = deque()  # parts of batches that failed
         self._retry_waited = False
         self._second_chance: set[Chunk] = set()
 
@@ -131,23 +132,20 @@ class Scheduler:
 
         Where several slots of the model are idle, a new batch is the smaller: they share what waits.
         """
-        batch = encoder.take_probe() or self._next_retry(encoder)
-        if batch is not None:
-            return batch
         share = max(1, -(-self.heap.n_tokens // n_idle)) if n_idle > 1 else None
-        return self.heap.take(encoder.limit, encoder.max_rows, share=share)
+        return (
+            encoder.take_probe()
+            or (self.heap.take(encoder.limit, encoder.max_rows) if encoder.is_doubted() else None)
+            or self._next_retry(encoder)
+            or self.heap.take(encoder.limit, encoder.max_rows, share=share)
+        )
 
-    def put_back(self, encoder: EncoderState, batch: Batch) -> None:
-        """Enqueues a batch again that was not run.
+    def may_choose_ahead(self, encoder: EncoderState) -> bool:
+        """Whether a batch may be chosen before the model can take it: nobody is held up by it, and it is a good one.
 
-        A part of one that failed stays as it is: mixed with others, the search for the text at fault would begin anew.
+        On two cores it gives OpenVINO 4 % of its speed on docstrings. To choose it anew when more arrives gives none.
         """
-        if encoder.put_back(batch):
-            return
-        if not batch.waited:
-            self._retries.appendleft(batch)
-        elif (wanted := self._wanted_of(batch)) is not None:
-            self.heap.put_back(wanted)
+        return not self.is_interactive and self.heap.is_deep(encoder.limit, encoder.max_rows)
 
     def drop(self, works: Sequence[Work]) -> None:
         """Nobody waits for these texts of one client any more: drops them before they cost anything."""
@@ -187,7 +185,7 @@ class Scheduler:
         if kind is FailureKind.OUT_OF_MEMORY:
             encoder.estimator.fail(batch.padded_tokens)
         if len(batch.chunks) > 1:
-            self._retries.extendleft(replace(half, waited=()) for half in reversed(batch.halves()))
+            self._retries.extendleft(reversed(batch.halves()))
             return []
         chunk = batch.chunks[0]
         reason = self._why_given_up(encoder, chunk, kind, error)
@@ -196,18 +194,6 @@ class Scheduler:
             return []
         work.fail(reason)
         return self._without_waiting([work])
-
-    def is_urgent_beside(self, batch: Batch) -> bool:
-        """Whether something waits that is more urgent than all in the batch."""
-        urgent = self.heap.most_urgent()
-        return urgent is not None and urgent < priority_of(batch)
-
-    def is_full(self, encoder: EncoderState, batch: Batch) -> bool:
-        """Whether a batch that has not begun is not worth choosing anew."""
-        if encoder.max_rows is not None and len(batch.chunks) >= encoder.max_rows:
-            return True
-        part = FULL_IF_SMALL if batch.is_small else FULL
-        return batch.row_tokens >= part * (batch.limit or encoder.limit)
 
     def _without_waiting(self, done: list[Work]) -> list[Work]:
         """The texts; what still waits of those that failed is dropped."""
@@ -220,7 +206,8 @@ class Scheduler:
         """The next part of a batch that failed; None if there is none, or something more urgent goes between two."""
         while self._retries:
             batch = self._wanted_of(self._retries[0])
-            if batch is not None and self.is_urgent_beside(batch) and not self._retry_waited:
+            urgent = self.heap.most_urgent()
+            if batch is not None and urgent is not None and urgent < priority_of(batch) and not self._retry_waited:
                 self._retry_waited = True
                 return None
             self._retries.popleft()

@@ -18,10 +18,10 @@ from asyncembed.encoders import Encoder, Instruction
 from asyncembed.engine.admission import AdmissionQueue, life_bytes
 from asyncembed.engine.chunking import Chunker, TextSplitter
 from asyncembed.engine.client import EngineClient
-from asyncembed.engine.engine import Engine, EngineHost
+from asyncembed.engine.engine import Engine, EngineHost, EngineStatistics
 from asyncembed.engine.limit_memory import LimitMemory
 from asyncembed.engine.memory import MemoryBudget, peak_rss_bytes
-from asyncembed.engine.model_thread import EncoderStatistics, EncoderThread
+from asyncembed.engine.model_thread import EncoderThread
 from asyncembed.engine.scheduler import LimitEstimator
 from asyncembed.errors import ClosedError, StoreError, TextsFailedError
 from asyncembed.job.loading import load_all
@@ -166,7 +166,7 @@ class Job:
         self._stopping = anyio.CancelScope()
         self._engine: Engine | None = None
         self._client: EngineClient | None = None
-        self._before = EncoderStatistics()
+        self._before = EngineStatistics()
         self._ready_at: float | None = None
         self._saved_at: float | None = None
         self._has_baseline = False
@@ -197,16 +197,16 @@ class Job:
         """The summary with all numbers as they are now."""
         summary = self.summary
         if self._engine is not None and self._client is not None:
-            done, before = self._engine.statistics(), self._before
+            done, before = self._engine.statistics, self._before
             summary.dropped_tokens = self._client.dropped_tokens
             summary.unknown_tokens = self._client.unknown_tokens
             # Of a shared engine these are the batches while the job runs, whoever's rows are in them.
-            summary.batches = done.encoders.batches - before.batches
-            summary.ooms = done.encoders.ooms - before.ooms
-            useful = done.encoders.row_tokens - before.row_tokens
-            padded = done.encoders.padded_tokens - before.padded_tokens
+            summary.batches = done.batches - before.batches
+            summary.ooms = done.ooms - before.ooms
+            useful = done.row_tokens - before.row_tokens
+            padded = done.padded_tokens - before.padded_tokens
             summary.padding = round((padded - useful) / useful, 4) if useful else 0.0
-            summary.token_limit = done.token_limit
+            summary.token_limit = self._engine.token_limit
         summary.others = self._lookup.n_others
         summary.total_seconds = round(process_seconds(), 3)
         summary.peak_rss_bytes = peak_rss_bytes()
@@ -301,7 +301,7 @@ class Job:
     async def _run_engine(self, engine: Engine, chunker: Chunker) -> None:
         options = self._options
         self._engine = engine
-        self._before = replace(engine.statistics().encoders)
+        self._before = replace(engine.statistics)
         self._client = client = EngineClient(
             engine,
             chunker.chunk,
@@ -451,7 +451,7 @@ class Job:
 
     def _set_baseline(self) -> None:
         """When the first batch has run: what the model keeps for itself is no growth."""
-        if not self._has_baseline and self._engine is not None and self._engine.statistics().encoders.batches > 0:
+        if not self._has_baseline and self._engine is not None and self._engine.statistics.batches > 0:
             self._has_baseline = True
             self._budget.set_baseline(self.admission.statistics().reserved_bytes)
 

@@ -121,7 +121,7 @@ async def test_run_every_chunk_is_embedded_once_with_its_own_vector(slots: int) 
     bench.check_all_once(items)
     assert bench.encoder.most_under_way == slots
     assert list(map(id, bench.encoder.finished)) == list(map(id, bench.encoder.started))  # in the order of starting
-    done = bench.thread.statistics
+    done = bench.engine.statistics
     assert (done.batches, done.ooms) == (len(bench.encoder.started), 0)
     assert done.row_tokens == sum(item.chunks[0].length for item in items)
     assert done.padded_tokens == sum(batch.padded_tokens for batch in bench.encoder.finished)
@@ -169,7 +169,7 @@ async def test_run_out_of_memory_above_a_size_all_come_out_once_and_the_limit_fa
     await bench.run(items)
     bench.check_all_once(items)
     assert bench.estimator() <= 150
-    ooms = bench.thread.statistics.ooms
+    ooms = bench.engine.statistics.ooms
     assert 1 <= ooms <= 12
     assert encoder.times_freed == ooms  # once for each failure, never for a batch that passed
 
@@ -309,7 +309,7 @@ def test_run_any_mix_of_failures_every_chunk_has_one_end(
         await bench.run(items)
         too_large = {owner for owner, length in enumerate(lengths) if length > capacity}
         bench.check_all_once(items, failed=too_large | {owner for owner in bad if owner < len(lengths)})
-        assert bench.thread.statistics.row_tokens == sum(lengths[owner] for owner in bench.embedded)
+        assert bench.engine.statistics.row_tokens == sum(lengths[owner] for owner in bench.embedded)
 
     asyncio.run(go())
 
@@ -446,52 +446,6 @@ async def test_stop_only_what_has_begun_is_finished(slots: int) -> None:
     assert bench.encoder.started == [first]
 
 
-async def test_notify_ready_batch_with_room_is_chosen_anew() -> None:
-    step = Step()
-    bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(40))
-    bench.push(works([10] * 4))
-    bench.push([work(20, owner=50, priority=1)])
-    running = asyncio.ensure_future(bench.engine.run())
-    assert owners(await step.begun()) == {0, 1, 2, 3}
-    bench.push([work(20, owner=60, priority=0)])  # urgent, while the later one stands ready alone
-    bench.engine.close()
-    step.let_go(1000)
-    await running
-    await bench.worker.aclose()
-    assert [owners(batch) for batch in bench.encoder.started[1:]] == [{50, 60}]
-
-
-@pytest.mark.parametrize(("arriving", "then"), [(1, [{50, 51}, {60}]), (0, [{60}, {50, 51}])], ids=["as", "more"])
-async def test_notify_full_ready_batch_stays_but_for_what_is_more_urgent(arriving: int, then: list[set[int]]) -> None:
-    step = Step()
-    bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(40))
-    bench.push(works([10] * 4))
-    bench.push([work(20, owner=50 + number, priority=1) for number in range(2)])
-    running = asyncio.ensure_future(bench.engine.run())
-    await step.begun()
-    bench.push([work(21 if arriving else 19, owner=60, priority=arriving)])
-    bench.engine.close()
-    step.let_go(1000)
-    await running
-    await bench.worker.aclose()
-    assert [owners(batch) for batch in bench.encoder.started[1:]] == then
-
-
-async def test_notify_rows_at_their_cap_make_a_batch_full() -> None:
-    step = Step()
-    bench = Bench(FakeEncoder(on_start=step), TokenLimitEstimator(1000), max_rows=2)
-    bench.push(works([10] * 4))
-    running = asyncio.ensure_future(bench.engine.run())
-    first = await step.begun()
-    bench.push([work(10, owner=60)])
-    bench.engine.close()
-    step.let_go(1000)
-    await running
-    await bench.worker.aclose()
-    assert [len(batch.chunks) for batch in bench.encoder.started] == [2, 2, 1]
-    assert owners(bench.encoder.started[1]) == {0, 1, 2, 3} - owners(first)
-
-
 async def test_run_wrong_number_of_rows_is_not_taken() -> None:
     class Short(FakeEncoder):
         def finish(self, handle: object) -> FloatMatrix:
@@ -541,7 +495,7 @@ def test_run_memory_that_shrinks_and_grows_fails_no_text_and_ends_below_it(
         bench.check_all_once(items)
         # Each size of memory costs a halving down to it and a bisection, in every slot and in what stands ready.
         halvings = math.log2(max(2, limit)) + 8
-        assert bench.thread.statistics.ooms <= len(capacities) * halvings * (slots + 2)
+        assert bench.engine.statistics.ooms <= len(capacities) * halvings * (slots + 2)
 
     asyncio.run(go())
 

@@ -70,13 +70,6 @@ class HeapAgainstDict(RuleBasedStateMachine):
             assert self.waiting.pop(id(item)) is item
         self.out.append(batch)
 
-    @rule(data=st.data())
-    def put_back(self, data: st.DataObject) -> None:
-        if self.out:
-            batch = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
-            self.heap.put_back(batch)
-            self.waiting.update({id(item): item for item in batch.chunks})
-
     @rule(owner=st.integers(0, 5))
     def discard(self, owner: int) -> None:
         gone = [key for key, item in self.waiting.items() if owner_of(item) == owner]
@@ -88,12 +81,6 @@ class HeapAgainstDict(RuleBasedStateMachine):
     def hasten(self, owner: int) -> None:
         mine = [item for item in self.waiting.values() if owner_of(item) == owner]
         assert [self.heap.hasten(item.work) for item in mine] == [True] * len(mine)
-
-    @rule(item=st.data(), priority=st.integers(0, 3))
-    def reprioritise(self, item: st.DataObject, priority: int) -> None:
-        if self.all:
-            one = item.draw(st.sampled_from(self.all))
-            assert self.heap.reprioritise(one, priority) == (id(one.chunks[0]) in self.waiting)
 
     @rule()
     def drain(self) -> None:
@@ -107,8 +94,8 @@ class HeapAgainstDict(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         tokens = sum(item.length for item in self.waiting.values())
-        assert len(self.heap) == len(self.waiting) == self.heap.statistics().n_chunks
-        assert self.heap.n_tokens == tokens == self.heap.statistics().n_tokens
+        assert len(self.heap) == len(self.waiting)
+        assert self.heap.n_tokens == tokens
 
     def teardown(self) -> None:
         if hasattr(self, "heap"):
@@ -264,48 +251,6 @@ def test_take_flood_of_others_odd_one_comes_out_in_time(flood: tuple[int, int], 
     assert longest_wait(rounds, window, 120, max_age) <= 2 * max_age + window
 
 
-def test_put_back_chunk_keeps_its_age() -> None:
-    max_age = 3
-    heap, old = Heap(max_age), work(15, owner=1000)
-    heap.push([old])
-    for _ in range(max_age):
-        taken = heap.take(40)
-        assert taken is not None
-        heap.put_back(taken)
-    heap.push(works([10] * 20))
-    batch = heap.take(40)
-    assert batch is not None
-    assert old.chunks[0] in batch.chunks
-
-
-def test_put_back_rows_keep_their_own_ages() -> None:
-    heap = Heap(interactive_below=10)
-    heap.push([work(10, owner=1)])
-    heap.push([work(30, owner=2)])
-    heap.push([work(10, owner=3)])
-    batch = heap.take(80)
-    assert batch is not None
-    assert [owner_of(item) for item in batch.chunks] == [1, 3]  # alike in length
-    heap.put_back(batch)
-    singles = [heap.take(30, max_rows=1) for _ in range(3)]
-    assert [owner_of(item) for single in singles if single for item in single.chunks] == [1, 2, 3]
-
-
-def test_put_back_last_batch_gives_the_forced_turn_back() -> None:
-    heap = Heap(max_age=2)
-    heap.push([work(90, owner=99, priority=10)])
-    for owner in range(200):
-        heap.push([work(10, owner=owner)])
-        batch = heap.take(100)
-        assert batch is not None
-        if owner < 150:
-            heap.put_back(batch)  # something urgent always comes before it has begun
-        elif any(owner_of(item) == 99 for item in batch.chunks):
-            break
-    else:
-        raise AssertionError("it never had its turn")
-
-
 # --- priorities ---
 
 
@@ -413,19 +358,6 @@ def test_discard_client_leaves_the_others() -> None:
     assert (len(heap), heap.n_tokens) == (10, 200)
     assert [(client.n_chunks, client.n_tokens) for client in clients] == [(5, 100), (0, 0), (5, 100)]
     assert {at for batch in drain(heap, 1000) for at in clients_of(batch, clients)} == {0, 2}
-
-
-def test_reprioritise_moves_all_chunks_of_a_text() -> None:
-    heap = Heap()
-    heap.push(works([20] * 50, priority=5))
-    odd = work(30, 30, owner=77, priority=5)
-    heap.push([odd])
-    assert heap.reprioritise(odd, 1) == 2
-    assert heap.most_urgent() == 1
-    assert heap.n_tokens == 50 * 20 + 60
-    batch = heap.take(60)
-    assert batch is not None
-    assert [(owner_of(item), item.work.priority) for item in batch.chunks] == [(77, 1)] * 2
 
 
 def test_take_old_window_of_a_later_class_does_not_shut_out_the_urgent_one() -> None:

@@ -96,36 +96,13 @@ def test_failed_chunk_that_passed_before_fails_too_and_the_model_is_broken() -> 
         run(scheduler, kind_of, 90)
 
 
-def test_put_back_part_of_a_failed_batch_is_not_mixed_with_what_waits() -> None:
-    scheduler, encoder = scheduler_of(works([10] * 4)), EncoderState(TokenLimitEstimator(40))
-    batch = scheduler.next_batch(encoder)
-    assert batch is not None
-    assert len(batch.chunks) == 4
-    assert scheduler.failed(encoder, batch, FailureKind.OTHER, ValueError()) == []
-    half = scheduler.next_batch(encoder)
-    assert half is not None
-    scheduler.put_back(encoder, half)
-    assert scheduler.next_batch(encoder) == half
-
-
-def test_next_batch_probe_that_was_put_back_runs_once_and_other_batches_meanwhile_do_not_end_it() -> None:
-    bad = set(range(1, 2 * BROKEN_AFTER))
-    items = [work(90, owner=0), work(80, owner=999), *(work(10, owner=owner) for owner in sorted(bad))]
-    scheduler, encoder = scheduler_of(items), EncoderState(TokenLimitEstimator(90))
-    while encoder.probe is None:
-        batch = scheduler.next_batch(encoder)
-        assert batch is not None
-        if owners(batch) <= bad:
-            scheduler.failed(encoder, batch, FailureKind.OTHER, ValueError("bad row"))
-        else:
-            scheduler.succeeded(encoder, batch, np.stack([vector_of(item) for item in batch.chunks]))
-    probe = scheduler.next_batch(encoder)
-    assert probe is not None
-    assert probe is encoder.probe
-    scheduler.put_back(encoder, probe)
-    assert scheduler.next_batch(encoder) is probe
-    other = scheduler.next_batch(encoder)
-    assert other is not None
-    assert other is not probe
-    with pytest.raises(ModelError, match="chunks in a row"):
-        scheduler.failed(encoder, probe, FailureKind.OTHER, ValueError("bad row"))
+@pytest.mark.parametrize(
+    ("is_interactive", "n_texts", "expected"), [(False, 8, True), (False, 7, False), (True, 8, False)]
+)
+def test_may_choose_ahead_only_where_several_batches_wait_and_nobody_for_an_answer(
+    is_interactive: bool, n_texts: int, expected: bool
+) -> None:
+    scheduler = Scheduler(is_interactive=is_interactive)
+    scheduler.push(works([10] * n_texts))
+    assert scheduler.may_choose_ahead(EncoderState(TokenLimitEstimator(40))) is expected
+    assert scheduler.may_choose_ahead(EncoderState(TokenLimitEstimator(400), max_rows=4)) is expected

@@ -160,7 +160,7 @@ def test_embedder_option_without_meaning_is_refused_by_name(options: dict[str, A
 async def test_embed_requests_that_come_while_the_model_works_share_the_next_batch() -> None:
     async with busy() as (embedder, gate):
         rest = [start(embedder.embed(f"text {number}")) for number in range(20)]
-        await until_waiting(embedder, 0)  # all stand ready in one batch
+        await until_waiting(embedder, 20)
         gate.let_go(2)
         found = await asyncio.gather(*rest)
     assert [sorted(texts) for texts in gate.batches[1:]] == [sorted(f"text {number}" for number in range(20))]
@@ -203,7 +203,7 @@ async def test_embed_nowait_answered_is_gone_when_its_future_is_done() -> None:
 async def test_embed_same_text_asked_for_more_urgently_goes_sooner() -> None:
     async with busy(batch_size=1) as (embedder, gate):
         start(embedder.embed([f"bulk {number}" for number in range(5)], priority="bulk"))
-        await until_waiting(embedder, 4)
+        await until_waiting(embedder, 5)
         start(embedder.embed("bulk 3"))
         await until(lambda: embedder.statistics().requests == 3)
     assert gate.batches[1] == ["bulk 3"]
@@ -223,14 +223,14 @@ async def test_embed_cached_text_is_not_computed_again_until_it_is_pushed_out() 
 # --- priorities ---
 
 
-async def test_embed_interactive_request_replaces_the_batch_kept_ready() -> None:
+async def test_embed_interactive_request_is_in_the_next_batch() -> None:
     gate, encoder = held_model()
     async with AsyncEmbedder(encoder, batch_size=4) as embedder:
         bulk = start(embedder.embed([f"bulk {number}" for number in range(12)], priority="bulk"))
         await gate.begun()
-        await until_waiting(embedder, 4)  # four run, four stand ready
+        await until_waiting(embedder, 8)
         urgent = start(embedder.embed("somebody waits"))
-        await until(lambda: embedder.statistics().requests == 2 and embedder.statistics().waiting_chunks == 7)
+        await until(lambda: embedder.statistics().requests == 2 and embedder.statistics().waiting_chunks == 9)
         gate.let_go(10)
         await asyncio.gather(bulk, urgent)
     assert "somebody waits" in gate.batches[1]
@@ -240,7 +240,7 @@ async def test_embed_numbers_order_requests() -> None:
     async with busy(batch_size=1) as (embedder, gate):
         for number in (30, 5, 100, 0):
             embedder.embed_nowait(f"p{number}", priority=number)
-        await until_waiting(embedder, 3)
+        await until_waiting(embedder, 4)
     assert gate.batches[1:] == [["p0"], ["p5"], ["p30"], ["p100"]]
 
 
@@ -307,7 +307,6 @@ async def test_embed_cancelled_while_it_waits_for_room_leaves_nothing() -> None:
 
 @pytest.mark.parametrize("how", ["task", "deadline", "future"])
 async def test_embed_given_up_costs_nothing(how: str) -> None:
-    """Dropped from the window, and from the batch that stands ready."""
     async with busy() as (embedder, gate):
         stays = embedder.embed_nowait("stays")
         if how == "deadline":
@@ -316,7 +315,7 @@ async def test_embed_given_up_costs_nothing(how: str) -> None:
             assert isinstance(raised.value, TimeoutError)
         else:
             asked: Any = embedder.embed_nowait("gone") if how == "future" else start(embedder.embed("gone"))
-            await until(lambda: embedder.statistics().requests == 3 and embedder.statistics().waiting_chunks == 0)
+            await until(lambda: embedder.statistics().requests == 3 and embedder.statistics().waiting_chunks == 2)
             asked.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asked
@@ -528,7 +527,7 @@ async def test_aclose_cancelled_while_it_drains_answers_everyone_also_from_the_b
     await until(lambda: embedder.statistics().state == "closing")
     dispatcher: Any = client._engine
     encoder = dispatcher.encoders[0]
-    batch = encoder._submitted[0].batch
+    batch = next(iter(encoder._in_hand.values()))
     stop = client.stop
 
     def stop_as_the_batch_ends() -> None:

@@ -78,10 +78,13 @@ async def test_request_beside_a_saturating_job_is_in_the_next_batch_that_begins(
     async with AsyncEmbedder(encoder, batch_size=5) as embedder:
         job = start(run(bulk(200), embedder))
         await gate.begun()
+        for _ in range(slots - 1):
+            gate.let_go()
+            await gate.begun()
         await until(lambda: embedder.statistics().waiting_chunks >= 100)
         for number in range(3):
             asked = start(embedder.embed(f"asked {number}"))
-            await until(lambda: _is_prepared(embedder))  # in the place of the batch that stood ready
+            await until(lambda: _waits(embedder))
             gate.let_go()
             assert f"asked {number}" in await gate.begun()
             while not asked.done():
@@ -91,11 +94,10 @@ async def test_request_beside_a_saturating_job_is_in_the_next_batch_that_begins(
         assert len(await job) == 200
 
 
-def _is_prepared(embedder: AsyncEmbedder) -> bool:
-    """Whether an interactive row stands in a batch that was given to the model's thread."""
+def _waits(embedder: AsyncEmbedder) -> bool:
+    """Whether an interactive row waits for the model."""
     requests: Any = embedder._requests
-    submitted = requests.engine.encoders[0]._submitted
-    return any(chunk.work.priority == 0 for item in submitted for chunk in item.batch.chunks)
+    return requests.engine.scheduler.heap.most_urgent() == 0
 
 
 async def test_job_starts_while_the_model_is_held_by_a_batch(tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ async def test_job_starts_while_the_model_is_held_by_a_batch(tmp_path: Path) -> 
         asked = start(embedder.embed("somebody waits"))
         await gate.begun()
         job = start(run(bulk(5), embedder, save_path=tmp_path))
-        await until(lambda: embedder.statistics().waiting_chunks == 4)  # the fifth stands ready
+        await until(lambda: embedder.statistics().waiting_chunks == 5)
         assert not asked.done()
         gate.let_go(10)
         assert len(await job) == 5
@@ -144,7 +146,7 @@ async def test_job_left_early_drops_its_own_texts_only() -> None:
     async with AsyncEmbedder(encoder, batch_size=2) as embedder:
         first, second = start(run(bulk(20), embedder)), start(run([f"other {n}" for n in range(6)], embedder))
         await gate.begun()
-        await until(lambda: embedder.statistics().waiting_chunks == 22)
+        await until(lambda: embedder.statistics().waiting_chunks == 24)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
@@ -160,7 +162,7 @@ async def test_job_stopped_ends_with_its_batch_in_hand_while_the_embedder_goes_o
         stream = embed_stream(bulk(20), embedder=embedder, save_path=None)
         job = start(stream.run())
         await gate.begun()
-        await until(lambda: embedder.statistics().waiting_chunks == 16)
+        await until(lambda: embedder.statistics().waiting_chunks == 18)
         stream.stop()
         gate.let_go(1)
         summary = await job
@@ -249,7 +251,7 @@ async def test_request_goes_between_the_parts_of_a_jobs_failed_batch() -> None:
         await gate.begun()
         asked = start(embedder.embed("somebody waits"))
         await until(lambda: embedder.statistics().pending_bytes > 0)
-        await until(lambda: _is_prepared(embedder))
+        await until(lambda: _waits(embedder))
         gate.let_go(1)
         assert await gate.begun() == ["somebody waits"]
         gate.let_go(100)
