@@ -1,8 +1,7 @@
 """Checked graphs in the user's cache folder, so that the next start needs neither torch nor sentence-transformers.
 
 An entry is a folder named by a key over the contents of the model's files and the versions that made it. It appears
-whole or not at all (written beside and renamed), its files are checked against their digests when it is read, and while
-a process uses it, it holds a shared lock on it.
+whole or not at all (written beside and renamed), and its files are checked against their digests when it is read.
 """
 
 from __future__ import annotations
@@ -13,23 +12,18 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from asyncembed.cache import cache_folder
 from asyncembed.encoders.weights import contents_hash, file_hash
-
-if sys.platform != "win32":
-    import fcntl
 
 logger = logging.getLogger("asyncembed")
 
@@ -39,7 +33,6 @@ MAX_BYTES = 8 << 30
 _FORMAT = 3  # those of format 1 may have been saved under a locale that breaks their numbers
 _FILES = ("model.xml", "model.bin", "tokenizer.json")
 _MAKERS = ("openvino", "asyncembed", "torch", "transformers", "sentence-transformers", "tokenizers")
-_TEMPORARY = "asyncembed-graph-"
 _DAY_S = 86_400
 
 
@@ -74,24 +67,18 @@ class GraphFacts:
     versions: dict[str, str]
 
 
-def _nothing() -> None:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CachedGraph:
     """A checked graph on disk.
 
     Attributes:
         folder: Holds its files.
         facts: What must be known besides.
-        release: To be called when the graph is used no more: gives the entry back, or removes a temporary folder.
-        is_temporary: It lies in a temporary folder, for this process alone.
+        is_temporary: It is for this process alone, and removed with this object.
     """
 
     folder: Path
     facts: GraphFacts
-    release: Callable[[], None] = field(default=_nothing, compare=False)
     is_temporary: bool = False
 
     @property
@@ -124,26 +111,20 @@ def graph_key(folder: Path) -> str:
 def load_graph(key: str) -> CachedGraph | None:
     """The graph of that key; None if there is none or it is damaged (it is removed then)."""
     folder = cache_root() / key
-    release = _nothing
     try:
-        release = _use(folder)
         meta = json.loads((folder / "meta.json").read_bytes())
         for name in _FILES:
             if file_hash(folder / name) != meta["digests"][name]:
                 raise ValueError(f"{name} is damaged")
         facts = GraphFacts(**meta["facts"])
-    except BlockingIOError:
-        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        release()
-        if not folder.exists():
-            return None
-        logger.warning("the cached graph in %s is unusable (%s); it is made anew", folder, error)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            logger.warning("the cached graph in %s is unusable (%s); it is made anew", folder, error)
+            _remove(folder)
         return None
     with contextlib.suppress(OSError):
         os.utime(folder)  # it was used just now
-    return CachedGraph(folder, facts, release)
+    return CachedGraph(folder, facts)
 
 
 def keep_graph(key: str | None, source: Path | None, tokenizer: str, save: Callable[[Path], GraphFacts]) -> CachedGraph:
@@ -156,31 +137,14 @@ def keep_graph(key: str | None, source: Path | None, tokenizer: str, save: Calla
                 "the graph cannot be kept in %s for the next start, which converts the model again (%s); "
                 "this run uses a temporary folder", cache_root(), str(error),  # its frames would keep the model alive
             )  # fmt: skip
-    _prune_temporary()
-    folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
-    release = _nothing
+    folder = Path(tempfile.mkdtemp(prefix="asyncembed-graph-"))
     try:
-        (folder / "lock").touch()
-        release = _use(folder)
-        remove = partial(_remove_temporary, folder, os.getpid(), release)
-        return CachedGraph(folder, _fill(folder, tokenizer, save), remove, is_temporary=True)
+        graph = CachedGraph(folder, _fill(folder, tokenizer, save), is_temporary=True)
     except BaseException:
-        _remove_temporary(folder, os.getpid(), release)
-        raise
-
-
-def _remove_temporary(folder: Path, maker: int, release: Callable[[], None]) -> None:
-    release()
-    if os.getpid() == maker:  # and not when a forked child ends
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _prune_temporary() -> None:
-    """Remove temporary graphs of processes that were killed, once they are a day old."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(OSError):  # another user's, or removed by another process
-            if time.time() - (folder / "lock").stat().st_mtime > _DAY_S:
-                _remove_unused(folder)
+        raise
+    weakref.finalize(graph, shutil.rmtree, folder, ignore_errors=True)
+    return graph
 
 
 def _keep(key: str, source: Path | None, tokenizer: str, save: Callable[[Path], GraphFacts]) -> CachedGraph:
@@ -188,30 +152,20 @@ def _keep(key: str, source: Path | None, tokenizer: str, save: Callable[[Path], 
     root = cache_root()
     target, making = root / key, root / f".{key}.{os.getpid()}.{threading.get_ident()}"
     made_for = {"folder": str(source), "versions": makers()}
-    release = _nothing
     try:
         making.mkdir(parents=True)
-        (making / "lock").touch()
-        release = _use(making)
-        _prune(target, made_for)  # also now: a conversion that is killed at each start leaves something each time
+        _prune(making, made_for)  # also now: a conversion that is killed at each start leaves something each time
         facts = _fill(making, tokenizer, save)
-        meta = {
-            "digests": {name: file_hash(making / name) for name in _FILES},
-            "facts": asdict(facts),
-            "made_for": made_for,
-        }
+        digests = {name: file_hash(making / name) for name in _FILES}
+        meta = {"digests": digests, "facts": asdict(facts), "made_for": made_for}
         (making / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         if (theirs := load_graph(key)) is not None:
-            release()
             return theirs
         making.rename(target)
-    except BaseException:
-        release()
-        raise
     finally:
         shutil.rmtree(making, ignore_errors=True)
     _prune(target, made_for)
-    return CachedGraph(target, facts, release)
+    return CachedGraph(target, facts)
 
 
 def _fill(folder: Path, tokenizer: str, save: Callable[[Path], GraphFacts]) -> GraphFacts:
@@ -219,40 +173,29 @@ def _fill(folder: Path, tokenizer: str, save: Callable[[Path], GraphFacts]) -> G
     return save(folder / "model.xml")
 
 
-def _use(folder: Path) -> Callable[[], None]:
-    """Hold a shared lock on an entry, so that no process removes it; the way to give it back."""
-    descriptor = os.open(folder / "lock", os.O_RDONLY)
-    try:
-        if sys.platform != "win32":  # there the open file alone keeps the folder from being moved
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:
-        pass  # a file system without locks
-    return partial(os.close, descriptor)
-
-
 def _prune(current: Path, made_for: Mapping[str, object]) -> None:
-    """Remove what is of no more use, but nothing that a process uses.
+    """Remove what is of no more use.
 
-    That is: what killed conversions and earlier versions of this library left, the model's graph before its files
-    changed, and above `MAX_BYTES` the least recently used.
+    That is: what killed conversions left a day ago, the model's graph before its files changed, and above `MAX_BYTES`
+    the least recently used. Who is running one of them goes on: its files are read or mapped.
     """
     others: list[tuple[float, Path]] = []
     for folder in cache_root().iterdir():
-        if folder == current or not folder.is_dir():
-            continue
-        if folder.name.startswith(".") or _made_for(folder) in (None, made_for):
-            _remove_unused(folder)
-            continue
         with contextlib.suppress(OSError):  # removed by another process just now
-            others.append((folder.stat().st_mtime, folder))
+            last_used = folder.stat().st_mtime
+            if folder.name.startswith("."):
+                is_useless = time.time() - last_used > _DAY_S
+            else:
+                is_useless = folder.is_dir() and _made_for(folder) in (None, made_for)
+            if folder != current and is_useless:
+                _remove(folder)
+            elif folder != current and folder.is_dir():
+                others.append((last_used, folder))
     n_bytes = _size(current)
     for _, folder in sorted(others, reverse=True):
         n_bytes += _size(folder)
         if n_bytes > MAX_BYTES:
-            _remove_unused(folder)
+            _remove(folder)
 
 
 def _made_for(folder: Path) -> object:
@@ -268,25 +211,11 @@ def _size(folder: Path) -> int:
     return 0
 
 
-def _remove_unused(folder: Path) -> None:
-    """Remove an entry if no process holds its lock; one without a lock, of an earlier version, if it is a day old."""
-    with contextlib.suppress(OSError):  # in use, or removed by another process
-        if not (folder / "lock").exists() and time.time() - folder.stat().st_mtime < _DAY_S:
-            return
-        with _locked(folder):
-            doomed = folder.rename(folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone"))
-            shutil.rmtree(doomed, ignore_errors=True)
-            logger.debug("removed the graph in %s", folder)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    if sys.platform == "win32" or not (folder / "lock").exists():
-        yield
-        return
-    with (folder / "lock").open("r+b") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+def _remove(folder: Path) -> None:
+    """Remove an entry, which disappears as a whole."""
+    with contextlib.suppress(OSError):  # in use, where that keeps it, or removed by another process
+        doomed = folder.rename(folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone"))
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def known_failure(key: str) -> str | None:

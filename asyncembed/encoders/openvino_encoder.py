@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import locale
 import logging
+import shutil
 import sys
-import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -67,7 +67,6 @@ class OpenVinoEncoder:
 
     def __init__(self, graph: CachedGraph, *, name: str, dtype: str, prompt: str) -> None:
         ov = import_openvino()
-        release = weakref.finalize(self, graph.release)
         self._tensor = ov.Tensor
         self.name = name
         self.dtype = dtype
@@ -84,8 +83,11 @@ class OpenVinoEncoder:
         self._under_way: list[Any] = []
         self._ended_early: dict[int, FloatMatrix | Exception] = {}
         self._ran_out = False
+        self._graph = graph
         if graph.is_temporary and sys.platform != "win32":
-            release()  # the files are read or mapped; to remove them later may fall to an event loop
+            shutil.rmtree(
+                graph.folder, ignore_errors=True
+            )  # the files are read or mapped; to remove them later may fall to an event loop
         self._inputs: dict[int, list[Any]] = {}  # last: when all goes, the requests that read these go before them
 
     def __repr__(self) -> str:
@@ -430,7 +432,6 @@ def _make(encoder: TorchEncoder, folder: Path | None, key: str | None) -> Cached
 def _encoder(graph: CachedGraph, options: EmbedOptions, dtype: str) -> OpenVinoEncoder:
     prompt = resolve_prompt(graph.facts, options.prompt, options.prompt_name)
     if prompt is None:
-        graph.release()
         raise OptionsError(
             f"the model has no prompt named {options.prompt_name!r}; it has {sorted(graph.facts.prompts)}"
         )
