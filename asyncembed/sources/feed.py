@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterable, Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from asyncembed.errors import ClosedError, OptionsError
 from asyncembed.iterables import check_source, without_line_ends
@@ -154,22 +154,6 @@ Source: TypeAlias = Iterable[Any] | AsyncIterable[Any] | Handoff
 """What a feed takes."""
 
 
-class FeedStatistics(NamedTuple):
-    """How a feed stands.
-
-    Attributes:
-        n_pulled: Items the source has given.
-        n_buffered: Of these, those the reader has not taken.
-        n_batches: Batches the reader has taken.
-        ended: The source has ended or the feed was closed.
-    """
-
-    n_pulled: int
-    n_buffered: int
-    n_batches: int
-    ended: bool
-
-
 class TextFeed:
     """Turns any sync or async iterable of `str | Text | Rejected` into micro-batches on the event loop.
 
@@ -206,19 +190,12 @@ class TextFeed:
         self._thread: threading.Thread | None = None
         self._thread_gone = asyncio.Event()
         self._arrived, self._room = asyncio.Event(), asyncio.Event()
-        self._n_batches = 0
         self._ended = False
         self._closed = False
 
     def __repr__(self) -> str:
-        now = self.statistics()
-        state = "closed" if self._closed else "ended" if now.ended else "open" if self._started else "not started"
-        return f"<TextFeed {state} pulled={now.n_pulled} buffered={now.n_buffered} batches={now.n_batches}>"
-
-    def statistics(self) -> FeedStatistics:
-        """How the feed stands."""
-        ended = self._closed or self._handoff.is_ended
-        return FeedStatistics(self._handoff.n_put, len(self._handoff), self._n_batches, ended)
+        ended = "ended" if self._handoff.is_ended else "open" if self._started else "not started"
+        return f"<TextFeed {'closed' if self._closed else ended} pulled={self._handoff.n_put} {self._handoff!r}>"
 
     async def __aenter__(self) -> TextFeed:
         self._start()
@@ -244,7 +221,6 @@ class TextFeed:
             self._room.set()
             # 1. Items; 2. the end, by an error or not; 3. nothing yet.
             if batch:
-                self._n_batches += 1
                 return batch
             if batch is None:
                 error = self._handoff.take_error()

@@ -92,10 +92,6 @@ class Store:
         self._require_open()
         await self._in_thread(self._writer.claim, fingerprint, made_with)
 
-    def done_before(self, ids: Sequence[str]) -> list[bool]:
-        """Whether an earlier run has saved each text. Needs no disk; may be called from any thread while open."""
-        return self._writer.done.contains_many(ids)
-
     async def find(self, texts: Sequence[str]) -> list[Found]:
         """What is known of each text, in one hop."""
         self._require_open()

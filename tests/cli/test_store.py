@@ -97,7 +97,7 @@ async def test_verify_finds_each_kind_of_damage_and_removes_it_if_asked(
     assert not file_of(tmp_path, "text 2").exists()
     assert run(["verify", str(tmp_path)]) == 0
     async with opened(tmp_path) as store:  # computed anew by the next run, and only that
-        done = store.done_before([text_id(f"text {n}") for n in range(5)])
+        done = [found.is_done for found in await store.find([f"text {n}" for n in range(5)])]
         assert done == [True, True, False, True, True]
     assert texts_of(tmp_path)[text_id("text 1")]["key"] == ["k1", "other"]
 

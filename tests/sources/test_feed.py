@@ -66,7 +66,7 @@ async def test_feed_any_iterable_gives_every_item_in_order(kind):
         batches = [batch async for batch in feed]
         assert [item.text for batch in batches for item in batch] == [str(i) for i in range(1000)]
         assert all(0 < len(batch) <= 64 for batch in batches)
-        assert feed.statistics() == (1000, 0, len(batches), True)
+        assert "ended pulled=1000 <Handoff items=0" in repr(feed)
         assert not feed_threads()  # gone at the end already, not only when closed
     assert "closed" in repr(feed)
 

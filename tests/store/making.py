@@ -60,3 +60,8 @@ async def killed_after(path: Path, *batches: list[EmbeddedText]) -> None:
 def ids(*texts: str) -> list[str]:
     """The ids of some texts."""
     return [text_id(text) for text in texts]
+
+
+async def is_done(store: Store, *texts: str) -> list[bool]:
+    """Whether an earlier run has saved each text."""
+    return [found.is_done for found in await store.find(texts)]

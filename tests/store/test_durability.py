@@ -134,7 +134,7 @@ async def test_commit_power_a_file_that_cannot_be_placed_leaves_no_half_and_the_
     store = await _power(tmp_path)
     await store.claim(FINGERPRINT, MADE_WITH)
     texts = ["one", "two", "three"]
-    done = store.done_before([text_id(text) for text in texts])
+    done = [found.is_done for found in await store.find(texts)]
     await store.commit([record(text) for text, there in zip(texts, done, strict=True) if not there])
     await store.aclose()
     assert {stored.text for stored in open_embeddings(tmp_path)} == set(texts)

@@ -13,7 +13,7 @@ from asyncembed.errors import StoreError
 from asyncembed.records import text_id
 from asyncembed.store import Store, open_embeddings
 
-from .making import FINGERPRINT, failure, ids, opened, record
+from .making import FINGERPRINT, failure, ids, is_done, opened, record
 
 EARLIER = Path(__file__).with_name("earlier")
 TEXTS = {
@@ -65,7 +65,7 @@ async def test_job_goes_on_with_it_and_recomputes_nothing(name: str, tmp_path: P
     files = {path.name: path.stat().st_mtime_ns for path in (folder / "embeddings_data").glob("*.json")}
     async with opened(folder) as store:
         assert store.fingerprint == FINGERPRINT
-        assert store.done_before(ids(*TEXTS[name])) == [True] * len(TEXTS[name])
+        assert await is_done(store, *TEXTS[name]) == [True] * len(TEXTS[name])
         assert store.n_done == len(TEXTS[name])
         await store.commit([record("new", "n")])
     after = {path.name: path.stat().st_mtime_ns for path in (folder / "embeddings_data").glob("*.json")}

@@ -44,7 +44,7 @@ async def test_job_names_a_folder_in_the_place_of_a_file_and_saves_the_rest(
     assert not list(path.parent.glob(".*"))
     path.rename(tmp_path / "away")
     async with opened(tmp_path) as again:
-        assert again.done_before([text_id(text) for text in ("one", "two", "three")]) == [False, True, True]
+        assert [found.is_done for found in await again.find(["one", "two", "three"])] == [False, True, True]
         await again.commit([record("one")])
     assert open_embeddings(tmp_path)["one"].text == "one"
 

@@ -17,7 +17,7 @@ from asyncembed.errors import CorruptRecordError, StoreError, StoreMismatchError
 from asyncembed.records import text_id
 from asyncembed.store import Store
 
-from .making import FINGERPRINT, MADE_WITH, failure, ids, killed_after, opened, record
+from .making import FINGERPRINT, MADE_WITH, failure, ids, is_done, killed_after, opened, record
 
 
 def _file(folder: Path, text: str) -> Path:
@@ -118,7 +118,7 @@ async def test_open_ledger_of_another_folder_is_put_in_order_or_refused(tmp_path
         await store.commit([record("shared")])
     shutil.copy(tmp_path / "b" / "ledger.sqlite", tmp_path / "a")
     async with opened(tmp_path / "a") as store:
-        assert store.done_before(ids("shared", "text of a", "text of b")) == [True, True, False]
+        assert await is_done(store, "shared", "text of a", "text of b") == [True, True, False]
     assert set(_texts(tmp_path / "a")) >= set(ids("shared", "text of a"))
     assert text_id("text of b") not in _texts(tmp_path / "a")
     shutil.copy(tmp_path / "c" / "ledger.sqlite", tmp_path / "a")
@@ -150,7 +150,7 @@ async def test_open_whole_file_that_nobody_recorded_is_adopted(tmp_path: Path) -
     with closing(sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)) as ledger:
         ledger.execute("delete from log where id = ?", (bytes.fromhex(text_id("two")),))  # killed before the append
     async with opened(tmp_path) as store:
-        assert store.done_before(ids("one", "two")) == [True, True]
+        assert await is_done(store, "one", "two") == [True, True]
     assert _texts(tmp_path)[text_id("two")]["size"] == _file(tmp_path, "two").stat().st_size
 
 
@@ -175,7 +175,7 @@ async def test_open_torn_file_is_removed_and_made_again(
     damage(_file(tmp_path, "one"))
     async with opened(tmp_path) as store:
         assert not _file(tmp_path, "one").exists()
-        assert store.done_before(ids("one", "two")) == [False, True]
+        assert await is_done(store, "one", "two") == [False, True]
         await store.commit([record("one")])
     async with opened(tmp_path) as store:
         assert store.n_done == 2
@@ -229,7 +229,7 @@ async def test_open_file_deleted_after_a_kill_is_made_again(tmp_path: Path) -> N
     await killed_after(tmp_path, [record("one"), record("two")])
     _file(tmp_path, "one").unlink()
     async with opened(tmp_path) as store:
-        assert store.done_before(ids("one", "two")) == [False, True]
+        assert await is_done(store, "one", "two") == [False, True]
     assert list(_texts(tmp_path)) == ids("two")
 
 
@@ -284,6 +284,6 @@ async def test_open_file_emptied_after_a_clean_end_is_made_again(tmp_path: Path)
         await store.commit([record("one"), record("two")])
     _empty(_file(tmp_path, "one"))
     async with opened(tmp_path) as store:
-        assert store.done_before(ids("one", "two")) == [False, True]
+        assert await is_done(store, "one", "two") == [False, True]
         await store.commit([record("one")])
     assert set(_texts(tmp_path)) == set(ids("one", "two"))

@@ -15,7 +15,7 @@ from asyncembed.errors import ClosedError, CorruptRecordError, StoreError, Store
 from asyncembed.records import EmbeddedText, Rejected, text_id
 from asyncembed.store import Store, StoredText, open_embeddings
 
-from .making import FINGERPRINT, MADE_WITH, failure, ids, killed_after, opened, record
+from .making import FINGERPRINT, MADE_WITH, failure, ids, is_done, killed_after, opened, record
 
 
 def _index(path: Path) -> dict[str, object]:
@@ -44,11 +44,11 @@ async def test_store_committed_texts_are_found_by_the_next(tmp_path: Path) -> No
         assert (store.n_done, store.fingerprint, store.made_with) == (0, FINGERPRINT, MADE_WITH)
         await store.commit([record("one"), record("two \ud800")])
         await store.commit([record("three")])
-        assert store.done_before(ids("one")) == [False]  # by an earlier run
+        assert await is_done(store, "one") == [False]  # by an earlier run
     async with opened(tmp_path / "data") as store:
         assert store.n_done == 3
-        assert store.done_before(ids("three", "four", "one")) == [True, False, True]
-        assert store.done_before(ids("four")) == [False]
+        assert await is_done(store, "three", "four", "one") == [True, False, True]
+        assert await is_done(store, "four") == [False]
         one, two, four = await store.read_many(ids("one", "two \ud800", "four"))
         assert isinstance(one, StoredText)
         assert isinstance(two, StoredText)
@@ -135,7 +135,7 @@ async def test_store_failed_then_succeeded_is_completed(tmp_path: Path) -> None:
         ]
     async with opened(tmp_path) as store:
         assert not (tmp_path / "errors.jsonl").exists()
-        assert store.done_before(ids("bad")) == [False]
+        assert await is_done(store, "bad") == [False]
         await store.commit([record("bad", "k2")])
     entry = _index(tmp_path)["texts"][text_id("bad")]
     assert (entry["status"], entry["key"], "error" in entry) == ("completed", ["k", "k2"], False)
@@ -169,7 +169,7 @@ async def test_store_deleted_file_is_not_called_completed(tmp_path: Path) -> Non
         await store.commit([record("one"), record("two")])
     (tmp_path / "embeddings_data" / f"{text_id('one')}.json").unlink()
     async with opened(tmp_path) as store:
-        assert store.done_before(ids("one", "two")) == [False, True]
+        assert await is_done(store, "one", "two") == [False, True]
     assert list(_index(tmp_path)["texts"]) == ids("two")
 
 
