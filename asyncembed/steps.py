@@ -12,8 +12,8 @@ from asyncembed.encoders import Encoder, FailureKind, FloatMatrix, classify
 from asyncembed.engine.admission import AdmissionQueue, life_bytes
 from asyncembed.engine.chunking import Chunker, chunk_backing_off
 from asyncembed.engine.client import is_window_full
+from asyncembed.engine.engine import ModelRunner, Outcome
 from asyncembed.engine.limit_memory import LimitMemory
-from asyncembed.engine.model_thread import ModelRunner, Outcome
 from asyncembed.engine.scheduler import EncoderState, LimitEstimator, Scheduler
 from asyncembed.engine.work import Client, Work
 from asyncembed.errors import CorruptRecordError, ModelError, ModelOutOfMemoryError, OptionsError

@@ -16,9 +16,8 @@ import anyio
 from asyncembed import AsyncEmbedder, ClosedError, embed_stream, open_embeddings
 from asyncembed.engine.chunking import Chunker
 from asyncembed.engine.client import EngineClient
-from asyncembed.engine.engine import Engine
+from asyncembed.engine.engine import EncoderThread, Engine
 from asyncembed.engine.limits import TokenLimitEstimator
-from asyncembed.engine.model_thread import EncoderThread
 from asyncembed.engine.work import Work
 from asyncembed.store.files import StorePaths
 from asyncembed.store.lock import FolderLock

@@ -18,9 +18,9 @@ from asyncembed.cli.console import Console, in_words
 from asyncembed.cli.options import Request
 from asyncembed.encoders import Encoder
 from asyncembed.engine.chunking import Chunker
+from asyncembed.engine.engine import ModelRunner
 from asyncembed.engine.heap import ChunkHeap
 from asyncembed.engine.limits import initial_limit
-from asyncembed.engine.model_thread import ModelRunner
 from asyncembed.engine.work import Client, Work
 from asyncembed.errors import StoreError, StoreMismatchError
 from asyncembed.job.loading import load_all

@@ -17,10 +17,9 @@ import anyio
 from asyncembed.embedder.requests import CountedVectors, HowOptions, Request, Requests, check_how
 from asyncembed.encoders import Encoder, FloatMatrix, Kind, load_encoder, tell_chunk_size
 from asyncembed.engine.chunkers import InstructionChunkers
-from asyncembed.engine.engine import Engine
+from asyncembed.engine.engine import EncoderThread, Engine
 from asyncembed.engine.limit_memory import LimitMemory
 from asyncembed.engine.memory import available_bytes
-from asyncembed.engine.model_thread import EncoderThread
 from asyncembed.errors import ClosedError, DeadlineError, ModelError, OptionsError, OverloadedError
 from asyncembed.options import DEFAULT_MODEL, MODEL_OPTIONS, REQUEST_OPTIONS, EmbedOptions, parse_bytes
 from asyncembed.records import AnyText, EmbeddedText, FloatVector

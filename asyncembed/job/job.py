@@ -18,10 +18,9 @@ from asyncembed.encoders import Encoder, Instruction
 from asyncembed.engine.admission import AdmissionQueue, life_bytes
 from asyncembed.engine.chunking import Chunker, TextSplitter
 from asyncembed.engine.client import EngineClient
-from asyncembed.engine.engine import Engine, EngineHost, EngineStatistics
+from asyncembed.engine.engine import EncoderThread, Engine, EngineHost, EngineStatistics
 from asyncembed.engine.limit_memory import LimitMemory
 from asyncembed.engine.memory import MemoryBudget, peak_rss_bytes
-from asyncembed.engine.model_thread import EncoderThread
 from asyncembed.engine.scheduler import LimitEstimator
 from asyncembed.errors import ClosedError, StoreError, TextsFailedError
 from asyncembed.job.loading import load_all

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from asyncembed.encoders.base import Encoder, FloatMatrix
 from asyncembed.encoders.failures import FailureKind
-from asyncembed.engine.engine import Engine
+from asyncembed.engine.engine import EncoderThread, Engine, ModelRunner
 from asyncembed.engine.limits import TokenLimitEstimator
-from asyncembed.engine.model_thread import EncoderThread, ModelRunner
 from asyncembed.engine.scheduler import BROKEN_AFTER, BULK, LimitEstimator
 from asyncembed.engine.work import Client, Work
 from asyncembed.errors import ModelError

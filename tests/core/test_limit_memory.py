@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from asyncembed import EmbeddingGenerator, embed_stream
 from asyncembed.encoders import FloatMatrix
+from asyncembed.engine.engine import ModelRunner
 from asyncembed.engine.limit_memory import FORGET_KILL_AFTER_S, RETUNE_AFTER_S, LimitMemory, _digest
 from asyncembed.engine.limits import initial_limit
-from asyncembed.engine.model_thread import ModelRunner
 from asyncembed.records import Batch
 from tests.core.fakes import chunk
 from tests.fakes import FakeEncoder
