@@ -20,7 +20,7 @@ from asyncembed.engine.work import Client
 from asyncembed.errors import ClosedError, OptionsError
 from asyncembed.iterables import check_source, without_line_ends
 from asyncembed.job import JobParts, load_chunker, run_fingerprint
-from asyncembed.job.loading import encoder_for, fingerprint_of, recorded_in
+from asyncembed.job.loading import encoder_for, fingerprint_of
 from asyncembed.job.lookup import LOOKED_AT, RUN_BY_US, check_folder
 from asyncembed.options import DEFAULT_SAVE_PATH, EmbedOptions
 from asyncembed.records import Chunk
@@ -246,7 +246,6 @@ class EmbeddingGenerator:
         """
         check_source(texts)
         self.close()
-        self._encoder(recorded_in(self._options.folder))  # kept for the next call
         handoff = Handoff()
         loop = LoopThread("asyncembed-generator")
         job = loop.submit(_vectors, self._stream(handoff))
@@ -386,7 +385,6 @@ class EmbeddingGenerator:
         return replace(self._options, max_memory_usage=self.max_memory_usage)
 
     def _stream(self, source: Handoff) -> EmbedStream:
-        options = replace(self._run_options(), model=self._encoder())
         before = self.progress_bar.n
 
         def advance() -> None:  # called only while the job runs: `stream`, which is made of it, is there by then
@@ -395,10 +393,11 @@ class EmbeddingGenerator:
         parts = JobParts(
             splitter=self._chosen_splitter(),
             estimator=self._estimator,
-            limits=self._kept_limits() if self._estimator is None else None,
+            load=self._encoder,
+            limits=lambda _: self._kept_limits(),
             on_progress=advance,
         )
-        stream = EmbedStream(source, options, parts)
+        stream = EmbedStream(source, self._run_options(), parts)
         return stream
 
     def _pipeline(self) -> PipelineSteps:

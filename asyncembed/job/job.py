@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import anyio
@@ -118,7 +119,8 @@ class JobParts:
     Attributes:
         splitter: Splits long texts.
         estimator: The limit of a batch; nothing is remembered of it.
-        limits: What is known of the model's batches; None recalls it, unless there is an `estimator`.
+        load: Gives the model, in the model's thread, from what the folder records; None loads what the options name.
+        limits: What is known of a model's batches.
         want_results: Whether somebody reads the results; if not, each ends when it is saved, and vectors saved
             earlier are not read back.
         on_loaded: Called on the event loop when the model is ready.
@@ -128,7 +130,8 @@ class JobParts:
 
     splitter: TextSplitter | None = None
     estimator: LimitEstimator | None = None
-    limits: LimitMemory | None = None
+    load: Callable[[Mapping[str, Any]], Encoder] | None = None
+    limits: Callable[[Encoder], LimitMemory] | None = None
     want_results: bool = True
     on_loaded: Callable[[], None] | None = None
     on_progress: Callable[[], None] | None = None
@@ -152,7 +155,7 @@ class Job:
         self._feed = TextFeed(source)
         self._options = options
         self._parts = parts
-        self._limits = parts.limits
+        self._limits: LimitMemory | None = None
         self._budget = MemoryBudget(options.max_memory_bytes)
         self.admission = AdmissionQueue(self._budget.max_bytes, self._budget.exceeded)
         self._store: Store | None = None
@@ -269,12 +272,12 @@ class Job:
             self.measure()
 
     async def _load(self, recorded: Mapping[str, Any]) -> tuple[Encoder, Chunker, dict[str, Any]]:
-        encoder = None
+        options, load = self._options, self._parts.load
         if self._parts.host is not None:
-            self._engine = await self._parts.host.engine()
-            encoder = self._engine.encoder
+            self._engine = engine = await self._parts.host.engine()
+            load = lambda _: engine.encoder  # noqa: E731  # as short as it gets
         # In the job's own thread also where the model is another's: requests must not wait for what needs no model.
-        loaded = await self._model_thread.run(load_all, self._options, self._parts.splitter, recorded, encoder)
+        loaded = await self._model_thread.run(load_all, options, self._parts.splitter, recorded, load)
         encoder = loaded[0]
         self.summary.model, self.summary.device = encoder.name, encoder.device
         self.summary.backend, self.summary.dtype = encoder.backend, encoder.dtype
@@ -288,8 +291,8 @@ class Job:
         if self._parts.estimator is not None:
             await self._run_engine(self._new_engine(encoder, self._parts.estimator), chunker)
             return
-        if self._limits is None:
-            self._limits = await self._model_thread.run(LimitMemory, encoder, self._options.token_limit)
+        remember = self._parts.limits or partial(LimitMemory, token_limit=self._options.token_limit)
+        self._limits = await self._model_thread.run(remember, encoder)
         await self._run_engine(self._new_engine(encoder, self._limits.estimator), chunker)
 
     def _new_engine(self, encoder: Encoder, estimator: LimitEstimator) -> Engine:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from asyncembed.encoders import (
@@ -20,26 +19,7 @@ from asyncembed.encoders import (
 from asyncembed.engine.chunking import Chunker, TextSplitter
 from asyncembed.errors import OptionsError
 from asyncembed.options import EmbedOptions
-from asyncembed.store.files import StorePaths, make_folders, storage_errors
 from asyncembed.store.ledger import Header
-from asyncembed.store.lock import FolderLock, check_ours
-from asyncembed.store.reader import read_header
-
-
-def recorded_in(folder: Path | None) -> Mapping[str, Any]:
-    """The fingerprint of a folder, made if it is not there; nothing if none is recorded. Keeps no lock."""
-    if folder is None:
-        return {}
-    paths = StorePaths.of(folder)
-    check_ours(paths)
-    make_folders(paths)
-    lock = FolderLock(paths)
-    try:
-        lock.acquire()
-        with storage_errors(paths.root):
-            return fingerprint_of(read_header(paths))
-    finally:
-        lock.release()
 
 
 def fingerprint_of(header: Header | None) -> Mapping[str, Any]:
@@ -60,15 +40,16 @@ def encoder_for(options: EmbedOptions, loaded: Encoder | None, recorded: Mapping
 
 
 def load_all(
-    options: EmbedOptions, splitter: TextSplitter | None, recorded: Mapping[str, Any], loaded: Encoder | None = None
+    options: EmbedOptions,
+    splitter: TextSplitter | None,
+    recorded: Mapping[str, Any],
+    load: Callable[[Mapping[str, Any]], Encoder] | None = None,
 ) -> tuple[Encoder, Chunker, dict[str, Any]]:
     """The model, its chunker and their fingerprint (empty if nothing is saved). Blocking, takes seconds."""
-    if loaded is not None:
-        check_dim(loaded, options)
-    encoder = loaded if loaded is not None else load_encoder(options, dtype=recorded.get("dtype"))
+    encoder = load(recorded) if load is not None else encoder_for(options, None, recorded)
+    check_dim(encoder, options)
     chunker = load_chunker(encoder, options, splitter=splitter, recorded=recorded)
-    if loaded is None:  # of one that is loaded, whoever did that was told
-        tell_chunk_size(encoder, options, chunker.chunk_size)
+    tell_chunk_size(encoder, options, chunker.chunk_size)
     return encoder, chunker, run_fingerprint(encoder, chunker, options) if options.folder is not None else {}
 
 
