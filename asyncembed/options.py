@@ -32,7 +32,7 @@ REQUEST_OPTIONS = (
 """Options about texts and vectors: a job on an embedder's model takes over what it does not name."""
 
 Backend = Literal["auto", "torch", "openvino"]
-DType = Literal["auto", "float32", "float16", "bfloat16"]
+DType = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 LongTexts = Literal["average", "truncate", "error"]
 Blanks = Literal["error", "encode"]
 OnError = Literal["continue", "raise"]
@@ -91,7 +91,8 @@ class EmbedOptions:
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`, …
         backend: What runs the model; `auto` is OpenVINO on a CPU where it is installed and agrees with torch, else
             torch.
-        dtype: Precision of the model; `auto` is float32 on a CPU, and on resume what the folder was made with.
+        dtype: Precision of the model; `auto` is float32 on a CPU, and on resume what the folder was made with. `int8`
+            needs OpenVINO.
         save_path: Folder of the results; None writes nothing.
         batch_size: Most rows in a batch; None leaves it to the token limit.
         max_memory_usage: Bytes that texts in flight may take, or text such as `"2GB"`; None decides from what is free.

@@ -21,6 +21,10 @@ FEW_TOKENS = 20
 """Above this share and this number of unknown tokens the model is probably not made for the texts."""
 
 
+LONG_S = 60.0
+"""Seconds of a job from which on it is worth saying that another precision would be faster."""
+
+
 def is_complete(summary: Summary) -> bool:
     """Whether every text has its vector and no bad row was passed over; blank ones do not count."""
     return not summary.failed and summary.skipped == summary.blank
@@ -68,6 +72,15 @@ def advice(summary: Summary) -> Iterator[str]:
             f"{plural(summary.unknown_tokens, 'token')} unknown to the model, beside {summary.tokens:,} embedded: "
             "it is probably not made for these texts"
         )
+    if summary.seconds >= LONG_S and (summary.backend, summary.dtype) == ("openvino", "float32"):
+        from asyncembed.encoders.openvino_encoder import supported_dtypes
+
+        able = supported_dtypes()
+        # 1. a precision that changes next to nothing   2. one that changes a little
+        if "bfloat16" in able:
+            yield "--dtype bfloat16 (into another folder) would take two thirds of the time here, at a cosine of 0.9998"
+        elif "int8" in able:
+            yield "--dtype int8 (into another folder) would take half of the time here, at a cosine of 0.998 on average"
 
 
 def _headline(summary: Summary, source: str) -> str:

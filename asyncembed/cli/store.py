@@ -66,14 +66,14 @@ class Recomputation:
             raise StoreError(f"{self._paths.root}: nothing says what its texts were made with; run a job first")
         options = EmbedOptions(
             model=model,
-            backend="torch",
+            backend="openvino" if made.get("dtype") == "int8" else "torch",
             trust_remote_code=self._choice.trust_remote_code,
             allow_pickle=self._choice.allow_pickle,
             prompt=made.get("prompt"),
             task=made.get("task"),
             normalize_embeddings=made.get("normalize_embeddings", False),
         )
-        encoder = load_encoder(options, dtype=made.get("dtype"))
+        encoder = load_encoder(options, recorded=made)
         options = replace(options, truncate_dim=min(encoder.dim, made.get("dim", encoder.dim)))
         chunker = load_chunker(encoder, options)
         ours = run_fingerprint(encoder, chunker, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,9 +137,14 @@ def model_folder(model: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def load_encoder(options: EmbedOptions, *, dtype: str | None = None) -> Encoder:
-    """Load the model that the options name, or wrap the live one they hold. Blocking, takes seconds."""
-    encoder = _load(options, dtype)
+def load_encoder(options: EmbedOptions, *, recorded: Mapping[str, Any] | None = None) -> Encoder:
+    """Load the model that the options name, or wrap the live one they hold. Blocking, takes seconds.
+
+    Args:
+        options: What is wanted.
+        recorded: The fingerprint of a folder to be gone on with: what the options leave open is as it was there.
+    """
+    encoder = _load(options, recorded or {})
     check_dim(encoder, options)
     return encoder
 
@@ -162,10 +168,10 @@ def check_dim(encoder: Encoder, options: EmbedOptions) -> None:
         )
 
 
-def _load(options: EmbedOptions, dtype: str | None) -> Encoder:
+def _load(options: EmbedOptions, recorded: Mapping[str, Any]) -> Encoder:
     model = options.model
     if isinstance(model, (str, os.PathLike)):
-        return _load_by_name(model, options, dtype)
+        return _load_by_name(model, options, recorded)
     if isinstance(model, Encoder):
         return model
     check_live(model)
@@ -174,18 +180,20 @@ def _load(options: EmbedOptions, dtype: str | None) -> Encoder:
     raise OptionsError(f"model={model!r} is no name, path, SentenceTransformer or Encoder")
 
 
-def _load_by_name(model: str | os.PathLike[str], options: EmbedOptions, recorded: str | None) -> Encoder:
+def _load_by_name(model: str | os.PathLike[str], options: EmbedOptions, recorded: Mapping[str, Any]) -> Encoder:
     folder = model_folder(model) or offline_copy(os.fspath(model))
     if folder is not None:
         check_kind(folder, model)
         check_weights(folder, allow_pickle=options.allow_pickle)
-    wanted = options.dtype if options.dtype != "auto" else recorded
+    wanted: str | None = options.dtype if options.dtype != "auto" else recorded.get("dtype")
     obstacle = _obstacle_to_openvino(options)
     loaded: Encoder | None = None
     if obstacle is None:
-        loaded, obstacle = _try_openvino(model, folder, options, wanted or "float32")
+        loaded, obstacle = _try_openvino(model, folder, options, wanted or "float32", recorded.get("quantization"))
     if obstacle is not None and options.backend == "openvino":
         raise ModelError(f"{os.fspath(model)} cannot run on OpenVINO: {obstacle}")
+    if obstacle is not None and wanted == "int8":
+        raise ModelError(f"{os.fspath(model)} cannot run in int8, which takes OpenVINO on a CPU: {obstacle}")
     if loaded is not None:
         return loaded
     device = _choose_device(options.device)
@@ -195,7 +203,11 @@ def _load_by_name(model: str | os.PathLike[str], options: EmbedOptions, recorded
 
 
 def _try_openvino(
-    model: str | os.PathLike[str], folder: Path | None, options: EmbedOptions, dtype: str
+    model: str | os.PathLike[str],
+    folder: Path | None,
+    options: EmbedOptions,
+    dtype: str,
+    quantization: Mapping[str, str] | None,
 ) -> tuple[Encoder | None, str | None]:
     """An encoder, if there is one already, and what stood in the way of OpenVINO: the torch model then."""
     from asyncembed.encoders.graph_cache import graph_key
@@ -214,14 +226,14 @@ def _try_openvino(
         key = graph_key(folder) if folder is not None else None
     try:
         if key is not None:
-            encoder = load_cached(key, options, dtype)
+            encoder = load_cached(key, options, dtype, quantization)
     except ModelError as error:
         obstacle = str(error)
     if obstacle is None and encoder is None:
         if torch_encoder is None:
             torch_encoder = _load_torch(model, folder, options, "cpu", "float32")
         try:
-            return convert_and_keep(torch_encoder, folder, key, options, dtype), None
+            return convert_and_keep(torch_encoder, folder, key, options, dtype, quantization), None
         except ModelError as error:
             obstacle = str(error)
     if obstacle is not None:
@@ -294,6 +306,8 @@ def _wrap_live(model: Any, options: EmbedOptions) -> Encoder:
 
     if options.device != "auto":
         model = model.to(_choose_device(options.device))
+    if options.dtype == "int8" and options.backend != "openvino":
+        raise OptionsError('a live model runs in int8 with backend="openvino" only; or give its name or path')
     if options.dtype != "auto" and options.backend != "openvino":
         model = model.to(getattr(torch, options.dtype))
     encoder = TorchEncoder(model, prompt=options.prompt, prompt_name=options.prompt_name)

@@ -30,6 +30,7 @@ from asyncembed.encoders.graph_cache import (
     remember_failure,
     resolve_prompt,
 )
+from asyncembed.encoders.int8 import load_int8
 from asyncembed.encoders.quiet import quiet_conversion
 from asyncembed.encoders.tokenizers import FastTokenizer, cuts_left
 from asyncembed.errors import ModelError, OptionsError
@@ -65,7 +66,15 @@ class OpenVinoEncoder:
     backend = "openvino"
     device = "cpu"
 
-    def __init__(self, graph: CachedGraph, *, name: str, dtype: str, prompt: str) -> None:
+    def __init__(
+        self,
+        graph: CachedGraph,
+        *,
+        name: str,
+        dtype: str,
+        prompt: str,
+        quantization: Mapping[str, str] | None = None,
+    ) -> None:
         ov = import_openvino()
         self._tensor = ov.Tensor
         self.name = name
@@ -77,7 +86,13 @@ class OpenVinoEncoder:
         self.max_tokens = graph.facts.max_tokens
         self.default_chunk_size = CHUNK_OF_UNLIMITED
         self._tokenizer_json = graph.tokenizer_path.read_text(encoding="utf-8")
-        self._compiled = compile_graph(ov, str(graph.model_path), dtype)
+        self._quantization: Mapping[str, str] | None = None
+        source: Any = str(graph.model_path)
+        if dtype == "int8":
+            source, self._quantization = load_int8(
+                ov.Core(), graph.folder, self.tokenizer(), self.max_tokens, quantization
+            )
+        self._compiled = compile_graph(ov, source, dtype)
         self.slots = 1 + max(1, int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
         self._idle = deque(self._compiled.create_infer_request() for _ in range(self.slots))
         self._under_way: list[Any] = []
@@ -143,7 +158,8 @@ class OpenVinoEncoder:
 
     def fingerprint(self) -> Mapping[str, Any]:
         """That of the torch model, with this precision."""
-        return {**self._facts.fingerprint, "dtype": self.dtype}
+        quantization = {} if self._quantization is None else {"quantization": dict(self._quantization)}
+        return {**self._facts.fingerprint, "dtype": self.dtype, **quantization}
 
     def made_with(self) -> Mapping[str, Any]:
         """Model, device and versions."""
@@ -194,21 +210,23 @@ def import_openvino() -> Any:
     return openvino
 
 
-def compile_graph(ov: Any, path: str, dtype: str) -> Any:
-    """Compile a saved graph for throughput on this CPU."""
+def compile_graph(ov: Any, source: Any, dtype: str) -> Any:
+    """Compile a graph, or a saved one by its path, for throughput on this CPU."""
+    if dtype == "int8":  # what is not multiplied in int8
+        dtype = "bfloat16" if "bfloat16" in supported_dtypes() else "float32"
     settings = {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": _HINTS[dtype],
         "CPU_RUNTIME_CACHE_CAPACITY": str(KEPT_KERNELS),
     }
-    return ov.Core().compile_model(path, "CPU", settings)
+    return ov.Core().compile_model(source, "CPU", settings)
 
 
 def supported_dtypes() -> set[str]:
     """Precisions in which this CPU's OpenVINO plugin computes natively."""
     ov = import_openvino()
     capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    names = {"FP32": "float32", "BF16": "bfloat16", "FP16": "float16"}
+    names = {"FP32": "float32", "BF16": "bfloat16", "FP16": "float16", "INT8": "int8"}
     return {names[found] for found in capabilities if found in names}
 
 
@@ -352,16 +370,23 @@ def is_installed() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def load_cached(key: str, options: EmbedOptions, dtype: str) -> OpenVinoEncoder | None:
+def load_cached(
+    key: str, options: EmbedOptions, dtype: str, quantization: Mapping[str, str] | None = None
+) -> OpenVinoEncoder | None:
     """The encoder from the cache, without torch; None if its graph was not made yet."""
     if (reason := known_failure(key)) is not None:
         raise ModelError(reason)
     graph = load_graph(key)
-    return _encoder(graph, options, dtype) if graph is not None else None
+    return _encoder(graph, options, dtype, quantization) if graph is not None else None
 
 
 def convert_and_keep(
-    encoder: TorchEncoder, folder: Path | None, key: str | None, options: EmbedOptions, dtype: str
+    encoder: TorchEncoder,
+    folder: Path | None,
+    key: str | None,
+    options: EmbedOptions,
+    dtype: str,
+    quantization: Mapping[str, str] | None = None,
 ) -> OpenVinoEncoder:
     """Convert a torch encoder, in float32 on the CPU, check the graph, and keep it."""
     if folder is not None and graph_key(folder) != key:
@@ -380,7 +405,7 @@ def convert_and_keep(
     logger.info("%s is run by OpenVINO; its graph is in %s", encoder.name, graph.folder)
     if key is not None:
         forget_failure(key)
-    return _encoder(graph, options, dtype)
+    return _encoder(graph, options, dtype, quantization)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -429,11 +454,13 @@ def _make(encoder: TorchEncoder, folder: Path | None, key: str | None) -> Cached
     return keep_graph(key, folder, encoder.fast_tokenizer.to_str(), save_and_check)
 
 
-def _encoder(graph: CachedGraph, options: EmbedOptions, dtype: str) -> OpenVinoEncoder:
+def _encoder(
+    graph: CachedGraph, options: EmbedOptions, dtype: str, quantization: Mapping[str, str] | None
+) -> OpenVinoEncoder:
     prompt = resolve_prompt(graph.facts, options.prompt, options.prompt_name)
     if prompt is None:
         raise OptionsError(
             f"the model has no prompt named {options.prompt_name!r}; it has {sorted(graph.facts.prompts)}"
         )
     name = str(options.model) if isinstance(options.model, (str, Path)) else type(options.model).__name__
-    return OpenVinoEncoder(graph, name=name, dtype=dtype, prompt=prompt)
+    return OpenVinoEncoder(graph, name=name, dtype=dtype, prompt=prompt, quantization=quantization)

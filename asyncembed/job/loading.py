@@ -36,7 +36,7 @@ def encoder_for(options: EmbedOptions, loaded: Encoder | None, recorded: Mapping
     is_open = isinstance(options.model, (str, os.PathLike)) and options.dtype == "auto"
     if loaded is not None and (not is_open or wanted in (None, loaded.dtype)):
         return loaded
-    return load_encoder(options, dtype=wanted)
+    return load_encoder(options, recorded=recorded)
 
 
 def load_all(

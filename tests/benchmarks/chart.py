@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.benchmarks.report import describe
 
-COLOURS = {"encode": "#7f7f7f", "torch": "#d95f02", "openvino": "#1f78b4", "bfloat16": "#33a02c"}
+COLOURS = {"encode": "#7f7f7f", "torch": "#d95f02", "openvino": "#1f78b4", "bfloat16": "#33a02c", "int8": "#6a3d9a"}
 
 
 def can_draw() -> bool:

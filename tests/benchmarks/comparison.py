@@ -31,9 +31,8 @@ def plans(model: str, device: str) -> list[Plan]:
     if is_installed():
         from asyncembed.encoders.openvino_encoder import supported_dtypes
 
-        found.append(Plan(model, device, "openvino", "float32"))
-        if "bfloat16" in supported_dtypes():
-            found.append(Plan(model, device, "openvino", "bfloat16"))
+        able = supported_dtypes()
+        found += [Plan(model, device, "openvino", dtype) for dtype in ("float32", "bfloat16", "int8") if dtype in able]
     return found
 
 

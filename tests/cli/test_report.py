@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import click
 import pytest
@@ -118,3 +119,17 @@ def test_a_bug_is_named_and_says_how_to_see_more() -> None:
     line = describe(ValueError("no\nsuch thing"), False)
     assert line.startswith("unexpected ValueError: no such thing; --verbose shows where")
     assert "--verbose" not in describe(ValueError("no such thing"), True)
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [({"float32", "bfloat16", "int8"}, "--dtype bfloat16"), ({"float32", "int8"}, "--dtype int8"), ({"float32"}, None)],
+)
+def test_long_job_says_which_precision_would_be_faster(
+    able: set[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncembed.encoders.openvino_encoder.supported_dtypes", lambda: able)
+    job = Summary(texts=9, embedded=9, seconds=60.0, backend="openvino", dtype="float32")
+    assert [line.split(" (")[0] for line in advice(job)] == ([expected] if expected else [])
+    for other in ({"seconds": 59.0}, {"dtype": "bfloat16"}, {"backend": "torch"}):
+        assert list(advice(replace(job, **other))) == []
