@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import os
 import shutil
@@ -12,7 +10,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -138,26 +135,17 @@ async def test_open_folder_of_another_container_is_refused_until_its_process_is_
         assert store.n_done == 0
 
 
-async def test_generator_that_loses_the_folder_while_its_model_loads_takes_nothing_away(
+def test_generator_on_a_locked_folder_is_refused_before_its_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock is looked at before the model is loaded, and taken after: somebody may come in between."""
     generator = EmbeddingGenerator(FakeEncoder(), save_path=tmp_path)
-    with contextlib.ExitStack() as holding:
-        holder: list[subprocess.Popen[str]] = []
-        load = asyncembed.generator.encoder_for
-
-        def slow_load(*arguments: Any) -> Any:
-            if not holder:
-                holder.append(holding.enter_context(_hold(tmp_path)))
-            return load(*arguments)
-
-        monkeypatch.setattr(asyncembed.generator, "encoder_for", slow_load)
-        with pytest.raises(StoreLockedError, match=r"pid \d+ on host") as refused:
-            await asyncio.to_thread(generator, iter(["one", "two"]))
-        assert f"pid {holder[0].pid} " in str(refused.value)
-        holder[0].communicate("")
-    assert len(await asyncio.to_thread(generator, iter(["one", "two"]))) == 2
+    with _hold(tmp_path) as holder:
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncembed.generator, "encoder_for", lambda *_: pytest.fail("the model was loaded"))
+            with pytest.raises(StoreLockedError, match=rf"pid {holder.pid} on host"):
+                generator(iter(["one", "two"]))
+        holder.communicate("")
+    assert len(generator(iter(["one", "two"]))) == 2
     assert len(open_embeddings(tmp_path)) == 2
 
 
