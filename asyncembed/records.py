@@ -205,7 +205,7 @@ class Chunk:
     length: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.length = len(self.ids)
+        self.length = max(1, len(self.ids))  # a blank text of a model without special tokens has none
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -303,7 +303,7 @@ def _measure(encoder: Encoder, options: EmbedOptions, chunks: Sequence[Chunk]) -
     The first batch only warms the model up, unless it is the only one.
     """
     runner, heap = ModelRunner(encoder), ChunkHeap()
-    limit = options.token_limit or initial_limit(encoder.device, encoder.slots)
+    limit = options.token_limit or initial_limit(encoder.device, encoder.slots, pads=getattr(encoder, "pads", True))
     heap.push([Work(_CLIENT, "", chunks=tuple(chunks))])
     warm_up = heap.take(limit, options.batch_size)
     outcome = runner.advance(warm_up) or runner.advance(None)

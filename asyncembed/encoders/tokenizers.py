@@ -28,8 +28,16 @@ _BLANK = "▁"
 class FastTokenizer:
     """A private copy of a fast tokenizer, with truncation and padding off."""
 
-    def __init__(self, tokenizer: RustTokenizer, unknown: str | None, *, cuts_left: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: RustTokenizer,
+        unknown: str | None,
+        *,
+        cuts_left: bool = False,
+        with_special_tokens: bool = True,
+    ) -> None:
         self.cuts_left = cuts_left
+        self._with_special = with_special_tokens
         self._tokenizer = RustTokenizer.from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -42,7 +50,8 @@ class FastTokenizer:
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
         """Token ids of each text, in order."""
         calls = [[text] for text in texts] if len(texts) <= FEW_TEXTS else [list(texts)]
-        return [self._tokenized(encoding) for call in calls for encoding in self._tokenizer.encode_batch_fast(call)]
+        encode, special = self._tokenizer.encode_batch_fast, self._with_special
+        return [self._tokenized(encoding) for call in calls for encoding in encode(call, add_special_tokens=special)]
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Start and stop of each content token of `text`, in characters."""
@@ -62,6 +71,8 @@ class FastTokenizer:
 
     def _find_affixes(self) -> tuple[int, int]:
         """Special tokens before and after the content: the same for every single text."""
+        if not self._with_special:
+            return 0, 0
         mask = self._tokenizer.encode("a").special_tokens_mask
         prefix = next((i for i, special in enumerate(mask) if not special), self._n_special)
         return min(prefix, self._n_special), max(0, self._n_special - prefix)

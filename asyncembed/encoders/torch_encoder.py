@@ -47,9 +47,9 @@ _lending = threading.Lock()
 class TorchEncoder:
     """Runs a SentenceTransformer on rows of token ids.
 
-    Where the model's own preprocessing does no more than tokenise and pad (checked on a probe text), the ids go
-    straight in; otherwise, and always in a model that has several tasks, the chunk's text goes through the model's own
-    preprocessing.
+    Where the model's own preprocessing does no more than tokenise and pad, or tokenise for a bag of embeddings (checked
+    on a probe text), the ids go straight in; otherwise, and always in a model that has several tasks, the chunk's text
+    goes through the model's own preprocessing.
 
     Raises:
         OptionsError: The model has no prompt of that name.
@@ -68,6 +68,8 @@ class TorchEncoder:
         weights: str | None = None,
         name: str | None = None,
     ) -> None:
+        import torch
+
         self.model = model.eval()
         self.name = name if name is not None else _name_of(model)
         self.device = str(model.device)
@@ -85,6 +87,8 @@ class TorchEncoder:
         # What looks at words one by one takes a text of any length as a whole.
         self.default_chunk_size = CHUNK_OF_UNLIMITED if model.transformers_model is not None else None
         self.fast_tokenizer = _fast(self._tokenizer)
+        # A static model averages a table's rows: there is nothing to pad, and no token that stands for the text.
+        self.pads = not hasattr(model[0], "embedding") or not isinstance(model[0].embedding, torch.nn.EmbeddingBag)
         self.unknown = unknown_of(self._tokenizer)
         self.has_routes = router_of(model) is not None
         self.first_task = first_task(model)
@@ -108,7 +112,7 @@ class TorchEncoder:
 
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of the caller's own."""
-        return _copy_of(self._tokenizer, self.unknown)
+        return _copy_of(self._tokenizer, self.unknown, with_special_tokens=self.pads)
 
     def resolve_task(self, task: str | None) -> str | None:
         """The task as far as it matters to the model."""
@@ -185,7 +189,7 @@ class TorchEncoder:
 
     def plain_features(self) -> tuple[dict[str, Any], bool] | None:
         """The constant features of a batch, and whether it takes types; None if it wants more than ids and mask."""
-        if self._sees_prompts:
+        if self._sees_prompts or not self.pads:
             return None
         return {name: value for name, value in self._features.items() if name != "prompt_length"}, self._types
 
@@ -208,9 +212,12 @@ class TorchEncoder:
         if self.fast_tokenizer is None or self._takes_tasks:
             return False
         features = self._features_of_probe()
+        own = self.tokenizer().tokenize([self.prompt + _PROBE])[0].ids
+        if not self.pads:
+            is_bag = set(features) == {"input_ids", "offsets"}
+            return is_bag and np.array_equal(features["input_ids"].numpy(), own)
         if not {"input_ids", "attention_mask"} <= set(features) <= _PLAIN_FEATURES:
             return False
-        own = self.tokenizer().tokenize([self.prompt + _PROBE])[0].ids
         self._features = {name: features[name] for name in ("modality", "prompt_length") if name in features}
         self._types = "token_type_ids" in features
         if self._types and bool(features["token_type_ids"].any()):
@@ -306,7 +313,11 @@ class TorchEncoder:
     def _from_ids(self, batch: Batch) -> dict[str, Any]:
         import torch
 
-        arrays = padded([chunk.ids for chunk in batch.chunks], self.pad_id, on_left=self.pads_left)
+        rows = [chunk.ids for chunk in batch.chunks]
+        if not self.pads:
+            starts = np.cumsum([0, *map(len, rows[:-1])])
+            return {"input_ids": torch.from_numpy(np.concatenate(rows)), "offsets": torch.from_numpy(starts).int()}
+        arrays = padded(rows, self.pad_id, on_left=self.pads_left)
         names = ("input_ids", "attention_mask", "token_type_ids")[: 3 if self._types else 2]
         return {**self._features, **dict(zip(names, map(torch.from_numpy, arrays), strict=False))}
 
@@ -334,10 +345,11 @@ def _fast(tokenizer: Any) -> RustTokenizer | None:
     return backend if isinstance(backend, RustTokenizer) else None
 
 
-def _copy_of(tokenizer: Any, unknown: str | None) -> Tokenizer:
+def _copy_of(tokenizer: Any, unknown: str | None, *, with_special_tokens: bool = True) -> Tokenizer:
     fast = _fast(tokenizer)
     if fast is not None:
-        return FastTokenizer(fast, unknown, cuts_left=cuts_left(tokenizer))
+        cuts = cuts_left(tokenizer)
+        return FastTokenizer(fast, unknown, cuts_left=cuts, with_special_tokens=with_special_tokens)
     return SlowTokenizer(tokenizer) if callable(tokenizer) else WordTokenizer(tokenizer)
 
 
@@ -396,8 +408,13 @@ def _prompt_of(model: Any, prompt: str | None, prompt_name: str | None) -> str:
 
 
 def _max_tokens_of(model: Any) -> int:
-    """Most tokens of a row: what the model states, but no more than it has positions for."""
-    return min(_stated_limit(model), _n_positions(model[0]))
+    """Most tokens of a row: what the model states, but no more than it has positions for, or its tokenizer leaves.
+
+    One of transformers is told anew by each call what to cut off; another is as it was saved.
+    """
+    truncation = model.tokenizer.truncation if isinstance(model.tokenizer, RustTokenizer) else None
+    cut = truncation["max_length"] if truncation is not None else UNLIMITED_TOKENS
+    return min(_stated_limit(model), _n_positions(model[0]), cut)
 
 
 def _stated_limit(model: Any) -> int:

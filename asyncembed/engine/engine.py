@@ -165,7 +165,7 @@ class EncoderThread:
         memory: LimitMemory | None = None,
     ) -> None:
         self.encoder = encoder
-        self.state = EncoderState(estimator, max_rows)
+        self.state = EncoderState(estimator, max_rows, pads=getattr(encoder, "pads", True))
         self.thread = thread
         self.wake = asyncio.Event()
         self._memory = memory

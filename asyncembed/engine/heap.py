@@ -89,7 +89,7 @@ class Window:
         self.keep(kept)
         return taken
 
-    def oldest(self, n_tokens: int) -> tuple[Int64s, int]:
+    def oldest(self, n_tokens: int, max_rows: int | None = None) -> tuple[Int64s, int]:
         """The rows that came first, at least so many tokens of them if there are, in the window's order.
 
         Returns:
@@ -98,7 +98,7 @@ class Window:
         came = np.where(self.born < 0, self.born, self.tickets)
         by_age = np.argsort(came, kind="stable")
         enough = int(np.searchsorted(np.cumsum(self.lengths[by_age]), n_tokens)) + 1
-        rows = np.sort(by_age[:enough])
+        rows = np.sort(by_age[: enough if max_rows is None else min(enough, max_rows)])
         return rows, int(np.searchsorted(rows, by_age[0]))
 
 
@@ -237,8 +237,10 @@ class ChunkHeap:
                 self._add(chunk, self._clock, self._next_ticket)
                 self._next_ticket += 1
 
-    def take(self, limit: int, max_rows: int | None = None, *, share: int | None = None) -> Batch | None:
-        """The next batch, or None if nothing waits that may run."""
+    def take(
+        self, limit: int, max_rows: int | None = None, *, share: int | None = None, pads: bool = True
+    ) -> Batch | None:
+        """The next batch, or None if nothing waits that may run. Without padding it is the oldest rows."""
         places = [place for place in self._windows if not place[1].is_held]
         places.sort(key=_priority)
         if not places:
@@ -258,7 +260,7 @@ class ChunkHeap:
             if self._clock - self._interactive_at <= BESIDE:
                 limit = max(1, limit // 2)
             limit = min(limit, share) if share is not None else limit
-            run = slice(*_choose(client, window, limit, rows, forced))
+            run = slice(*_choose(client, window, limit, rows, forced)) if pads else window.oldest(limit, rows)[0]
         longest = int(window.lengths[run][-1])
         taken = window.cut(run)
         n_own = len(taken)

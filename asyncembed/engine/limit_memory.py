@@ -95,7 +95,8 @@ class LimitMemory:
         if self.is_kept:
             self._load()
             self._learn_deaths()
-        self.estimator = estimator_for(encoder.device, token_limit, learnt=self._known.learnt, slots=encoder.slots)
+        how: dict[str, Any] = {"slots": encoder.slots, "pads": getattr(encoder, "pads", True)}
+        self.estimator = estimator_for(encoder.device, token_limit, learnt=self._known.learnt, **how)
         self._shares_memory = encoder.device.split(":")[0] in ("cpu", "mps")
         self._learnt = self.estimator.learnt()
         self._trial: int | None = None

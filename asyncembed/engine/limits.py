@@ -241,20 +241,31 @@ class TokenLimitEstimator:
         self._limit = min(2 * self._limit, halfway)
 
 
-def initial_limit(device: str, slots: int = 1) -> int:
+WITHOUT_PADDING = 1 << 16
+"""A limit for a model that pads nothing and looks its vectors up: what counts is the number of calls."""
+
+
+def initial_limit(device: str, slots: int = 1, *, pads: bool = True) -> int:
     """A first limit for a device, in padded tokens; on a CPU it stays the largest.
 
     On a CPU 1,024 where one batch has all cores, and 512 where several run at once, are within 3 % of the best, on
     long and on short texts, in float32 and bfloat16; half or twice as much loses up to 12 % (all-MiniLM-L6-v2 on
     torch and OpenVINO, two cores). A GPU wants tens of thousands.
     """
+    if not pads:
+        return WITHOUT_PADDING
     if not device.startswith("cpu"):
         return 16_384
     return 1024 if slots <= 2 else 512  # of several slots one waits behind the others
 
 
 def estimator_for(
-    device: str, token_limit: int | None = None, *, learnt: LearntLimit | None = None, slots: int = 1
+    device: str,
+    token_limit: int | None = None,
+    *,
+    learnt: LearntLimit | None = None,
+    slots: int = 1,
+    pads: bool = True,
 ) -> TokenLimitEstimator:
     """The estimator of a job on a device, where the model has `slots` batches under way at once.
 
@@ -263,6 +274,6 @@ def estimator_for(
     """
     if token_limit is not None:
         return TokenLimitEstimator(token_limit, min_limit=min(128, token_limit))
-    start, on_gpu = initial_limit(device, slots), not device.startswith("cpu")
+    start, on_gpu = initial_limit(device, slots, pads=pads), not device.startswith("cpu")
     largest = 16 * start if on_gpu else start
     return TokenLimitEstimator(start, min_limit=128, max_limit=largest, learnt=learnt, tunes_speed=on_gpu)

@@ -53,12 +53,14 @@ class EncoderState:
     Attributes:
         estimator: The limit of its batches in padded tokens.
         max_rows: Most rows of a batch; None leaves it to the limit.
+        pads: Rows are padded to the longest; if not, their lengths need not be alike.
         probe: A chunk that it took before, run again to find out whether the model is broken.
     """
 
-    def __init__(self, estimator: LimitEstimator, max_rows: int | None = None) -> None:
+    def __init__(self, estimator: LimitEstimator, max_rows: int | None = None, *, pads: bool = True) -> None:
         self.estimator = estimator
         self.max_rows = max_rows
+        self.pads = pads
         self.probe: Batch | None = None
         self._probe_waits = False
         self._passed: Chunk | None = None
@@ -133,11 +135,12 @@ class Scheduler:
         Where several slots of the model are idle, a new batch is the smaller: they share what waits.
         """
         share = max(1, -(-self.heap.n_tokens // n_idle)) if n_idle > 1 else None
+        limit, max_rows, pads = encoder.limit, encoder.max_rows, encoder.pads
         return (
             encoder.take_probe()
-            or (self.heap.take(encoder.limit, encoder.max_rows) if encoder.is_doubted() else None)
+            or (self.heap.take(limit, max_rows, pads=pads) if encoder.is_doubted() else None)
             or self._next_retry(encoder)
-            or self.heap.take(encoder.limit, encoder.max_rows, share=share)
+            or self.heap.take(limit, max_rows, share=share, pads=pads)
         )
 
     def may_choose_ahead(self, encoder: EncoderState) -> bool:

@@ -568,3 +568,13 @@ def test_take_beside_those_who_wait_batches_are_half_as_large_for_a_while() -> N
     assert next_size() < 100  # somebody who waits
     assert [next_size() for _ in range(BESIDE)] == [50] * BESIDE
     assert next_size() == 100
+
+
+def test_take_without_padding_gives_the_oldest_rows_whatever_their_lengths() -> None:
+    heap = Heap()
+    heap.push([work(length, owner=owner) for owner, length in enumerate([5, 200, 7, 90, 3, 60])])
+    first, second = heap.take(280, pads=False), heap.take(1000, max_rows=2, pads=False)
+    assert first is not None
+    assert second is not None
+    assert owners(first) == {0, 1, 2, 3}  # the fourth fills it up
+    assert owners(second) == {4, 5}

