@@ -83,9 +83,12 @@ class WorkerThread:
             future.cancel()
         ended = self._executor.submit(last or _nothing)
         self._executor.shutdown(wait=False)
-        with anyio.CancelScope(shield=True):
-            await asyncio.wrap_future(ended)
-        self._executor.shutdown(wait=True)  # the thread has nothing left to do: this join takes microseconds
+        try:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wrap_future(ended)
+        finally:
+            if ended.done():
+                self._executor.shutdown(wait=True)  # the thread has nothing left to do: this join takes microseconds
 
 
 def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
