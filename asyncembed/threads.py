@@ -87,7 +87,7 @@ class WorkerThread:
             with anyio.CancelScope(shield=True):
                 await asyncio.wrap_future(ended)
         finally:
-            if ended.done():
+            if ended.done() and not ended.cancelled():  # else a call before it may still be under way
                 self._executor.shutdown(wait=True)  # the thread has nothing left to do: this join takes microseconds
 
 
