@@ -154,11 +154,13 @@ class Scheduler:
         """Nobody waits for these texts of one client any more: drops them before they cost anything."""
         for work in works:
             work.is_open = False
+            self._second_chance.difference_update(work.chunks)
         self.heap.discard(works)
 
     def stop(self, client: Client) -> None:
         """None of a client's texts is wanted any more."""
         client.is_stopped = True
+        self._second_chance = {chunk for chunk in self._second_chance if chunk.work.client is not client}
         self.heap.discard_client(client)
 
     def succeeded(self, encoder: EncoderState, batch: Batch, vectors: FloatMatrix) -> list[Work]:

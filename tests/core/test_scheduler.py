@@ -106,3 +106,18 @@ def test_may_choose_ahead_only_where_several_batches_wait_and_nobody_for_an_answ
     scheduler.push(works([10] * n_texts))
     assert scheduler.may_choose_ahead(EncoderState(TokenLimitEstimator(40))) is expected
     assert scheduler.may_choose_ahead(EncoderState(TokenLimitEstimator(400), max_rows=4)) is expected
+
+
+@pytest.mark.parametrize("way", ["dropped", "stopped"])
+def test_second_chance_of_a_text_that_nobody_wants_any_more_is_forgotten(way: str) -> None:
+    scheduler, encoder, text = Scheduler(), EncoderState(TokenLimitEstimator(40)), work(10)
+    scheduler.push([text])
+    batch = scheduler.next_batch(encoder)
+    assert batch is not None
+    scheduler.failed(encoder, batch, FailureKind.OUT_OF_MEMORY, MemoryError())
+    assert scheduler.next_batch(encoder) is not None  # on its way to the model, and taken back before it begins
+    if way == "dropped":
+        scheduler.drop([text])
+    else:
+        scheduler.stop(text.client)
+    assert not scheduler._second_chance
