@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
@@ -159,6 +160,7 @@ class EmbeddingGenerator:
         self._is_quiet = not (model_settings or {}).get("show_progress_bar")
         self.progress_bar = self._new_bar()
         self._loaded: Encoder | None = None
+        self._loading = threading.Lock()  # a job loads the model while its source may ask for the tokenizer
         self._token_counter: Callable[[str], int] | None = None
         self._splitter: TextSplitter | None = None
         self._splitter_is_ours = True
@@ -170,7 +172,7 @@ class EmbeddingGenerator:
     def __getstate__(self) -> dict[str, Any]:
         """What it was made of and what was replaced: copied or pickled, it loads its model where it is used."""
         state = {**self.__dict__, **_UNUSED}
-        del state["progress_bar"]
+        del state["progress_bar"], state["_loading"]
         if isinstance(self._token_counter, TokenCounter):
             state["_token_counter"] = None
         if self._splitter_is_ours:
@@ -178,14 +180,14 @@ class EmbeddingGenerator:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _loading=threading.Lock())
         self.progress_bar = self._new_bar()
         watch(self)
 
     def orphan(self) -> None:
         """This is a child process, made by a fork: the model's threads are the parent's, so it is loaded anew."""
         _of_parents.append(dict(self.__dict__))
-        self.__dict__.update({**self.__getstate__(), "progress_bar": self.progress_bar})
+        self.__dict__.update(self.__getstate__(), _loading=threading.Lock())
 
     def __repr__(self) -> str:
         return f"<EmbeddingGenerator model={self._options.model!r} save_path={self._options.save_path!r}>"
@@ -368,8 +370,9 @@ class EmbeddingGenerator:
     # --- delegation ---------------------------------------------------------------------------------------------
 
     def _encoder(self, recorded: Mapping[str, Any] | None = None) -> Encoder:
-        self._loaded = encoder_for(self._options, self._loaded, recorded or {})
-        return self._loaded
+        with self._loading:
+            self._loaded = encoder_for(self._options, self._loaded, recorded or {})
+            return self._loaded
 
     def _kept_limits(self) -> LimitMemory:
         encoder = self._encoder()

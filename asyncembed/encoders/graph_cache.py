@@ -30,6 +30,9 @@ logger = logging.getLogger("asyncembed")
 MAX_BYTES = 8 << 30
 """What all graphs may take: above it the least recently used are removed."""
 
+READING_S = 60.0
+"""Seconds after its last use in which a graph may still be read."""
+
 _FORMAT = 3  # those of format 1 may have been saved under a locale that breaks their numbers
 _FILES = ("model.xml", "model.bin", "tokenizer.json")
 _MAKERS = ("openvino", "asyncembed", "torch", "transformers", "sentence-transformers", "tokenizers")
@@ -154,7 +157,7 @@ def _keep(key: str, source: Path | None, tokenizer: str, save: Callable[[Path], 
     made_for = {"folder": str(source), "versions": makers()}
     try:
         making.mkdir(parents=True)
-        _prune(making, made_for)  # also now: a conversion that is killed at each start leaves something each time
+        _prune(target, made_for)  # also now: a conversion that is killed at each start leaves something each time
         facts = _fill(making, tokenizer, save)
         digests = {name: file_hash(making / name) for name in _FILES}
         meta = {"digests": digests, "facts": asdict(facts), "made_for": made_for}
@@ -177,19 +180,22 @@ def _prune(current: Path, made_for: Mapping[str, object]) -> None:
     """Remove what is of no more use.
 
     That is: what killed conversions left a day ago, the model's graph before its files changed, and above `MAX_BYTES`
-    the least recently used. Who is running one of them goes on: its files are read or mapped.
+    the least recently used. Who is running one of them goes on: its files are read or mapped. One that was used within
+    the last minute stays: somebody may be reading it.
     """
     others: list[tuple[float, Path]] = []
     for folder in cache_root().iterdir():
         with contextlib.suppress(OSError):  # removed by another process just now
             last_used = folder.stat().st_mtime
+            if folder == current or time.time() - last_used < READING_S:
+                continue
             if folder.name.startswith("."):
                 is_useless = time.time() - last_used > _DAY_S
             else:
                 is_useless = folder.is_dir() and _made_for(folder) in (None, made_for)
-            if folder != current and is_useless:
+            if is_useless:
                 _remove(folder)
-            elif folder != current and folder.is_dir():
+            elif folder.is_dir():
                 others.append((last_used, folder))
     n_bytes = _size(current)
     for _, folder in sorted(others, reverse=True):

@@ -167,10 +167,10 @@ class TokenLimitEstimator:
 
     def __call__(self) -> int:
         """The current limit in padded tokens, at least 1."""
-        return self._limit
+        return self._limit if self._room is None else min(self._limit, self._room)
 
     def __repr__(self) -> str:
-        return f"<TokenLimitEstimator limit={self._limit} failed_at={self.failed_at} max={self.max_limit}>"
+        return f"<TokenLimitEstimator limit={self()} failed_at={self.failed_at} max={self.max_limit}>"
 
     def learnt(self) -> LearntLimit:
         """What the next run should know."""
@@ -196,14 +196,14 @@ class TokenLimitEstimator:
         if seconds is not None and not self._search.is_over:
             self._search.add(n_tokens, seconds)
             self._limit = min(self._search.size, self._ceiling())
-        if SMALLEST_PART * n_tokens < self._limit:
+        if SMALLEST_PART * n_tokens < self():
             return  # says nothing about the limit
         self._streak += 1
         if self.failed_at is not None and self._streak >= SUCCESSES_TO_FORGET:
             self.failed_at = None
         if self._streak % SUCCESSES_TO_RISE == 0:
             # Small batches lead back to the first limit, or the fastest size; only full ones lead above.
-            self._rise(self.max_limit if self._tunes_speed or 2 * n_tokens > self._limit else self._start)
+            self._rise(self.max_limit if self._tunes_speed or 2 * n_tokens > self() else self._start)
 
     def fail(self, n_tokens: int) -> None:
         """A batch of `n_tokens` padded tokens ran out of memory: the limit falls below it."""
@@ -217,10 +217,9 @@ class TokenLimitEstimator:
     def keep_below(self, n_tokens: int) -> None:
         """There is memory for no more than so many padded tokens at the moment: no larger batch is tried.
 
-        Thread-safe: assigns two ints.
+        Thread-safe: assigns one int.
         """
         self._room = max(1, n_tokens)
-        self._limit = min(self._limit, self._room)
 
     def _ceiling(self) -> int:
         """The largest limit that nothing known speaks against: at least 1."""

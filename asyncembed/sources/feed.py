@@ -190,6 +190,7 @@ class TextFeed:
         self._thread: threading.Thread | None = None
         self._thread_gone = asyncio.Event()
         self._arrived, self._room = asyncio.Event(), asyncio.Event()
+        self._error: BaseException | None = None
         self._ended = False
         self._closed = False
 
@@ -223,10 +224,10 @@ class TextFeed:
             if batch:
                 return batch
             if batch is None:
-                error = self._handoff.take_error()
-                await self._stop()
+                self._error = self._error or self._handoff.take_error()
+                await self._stop()  # cancelled here, the next call raises the error
                 self._ended = True
-                _raise(error)
+                _raise(self._error)
                 break
             await self._arrived.wait()
         raise StopAsyncIteration

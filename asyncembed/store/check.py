@@ -192,8 +192,8 @@ def rebuild(paths: StorePaths) -> Iterator[Fault]:
     """
     lock = FolderLock(paths)
     temporary = temporary_of(paths.ledger)
+    lock.acquire()
     try:
-        lock.acquire()
         with storage_errors(paths.root):
             remove_ledger(temporary)
             with closing(reading(paths, thorough=True)) as old, closing(Ledger.write(temporary)) as new:

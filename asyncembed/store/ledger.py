@@ -369,12 +369,12 @@ def is_ours(path: str) -> bool | None:
     """
     if not os.path.isfile(path):
         return None
-    with contextlib.closing(sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True)) as db:
-        try:
+    try:
+        with contextlib.closing(sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True)) as db:
             application: int = db.execute("pragma application_id").fetchone()[0]
             is_empty = db.execute("select 1 from sqlite_master limit 1").fetchone() is None
-        except (sqlite3.Error, UnicodeDecodeError):  # the second in an error's own words
-            return None
+    except (sqlite3.Error, UnicodeDecodeError):  # the second in an error's own words
+        return None
     return is_empty or application == _APPLICATION
 
 

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -286,3 +287,20 @@ def test_ctrl_c_cancels_the_job_and_is_raised_again(tmp_path: Path) -> None:
 def test_single_str_is_refused_and_not_taken_for_its_letters() -> None:
     with pytest.raises(OptionsError, match="one text"):
         EmbeddingGenerator(FakeEncoder(), save_path=None)("not a list")
+
+
+def test_call_with_a_source_that_counts_tokens_loads_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job loads it in a thread of its own, while the source may ask for it in the caller's."""
+    from asyncembed.job import loading
+
+    load, loads = loading.load_encoder, list[str]()
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        loads.append(threading.current_thread().name)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(loading, "load_encoder", counted)
+    generator = EmbeddingGenerator(DEFAULT_MODEL, save_path=None)
+    found = generator(text for text in ("one", "two", "three four") if generator.token_counter(text) < 500)
+    assert len(found) == 3
+    assert len(loads) == 1

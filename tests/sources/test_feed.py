@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -512,3 +513,27 @@ def test_feed_source_that_hangs_does_not_hold_up_the_exit(source):
         assert process.stdout.readline().strip() == b"['a']"
         assert process.wait(timeout=60) == 0
         assert process.stderr.read() == b""
+
+
+async def test_error_of_the_source_outlives_a_cancelled_wait_for_its_end() -> None:
+    async def source() -> AsyncIterator[str]:
+        yield "a"
+        raise ValueError("the source broke")
+
+    feed = TextFeed(source())
+    assert await anext(feed) == [Text("a")]
+    stop, stopping = feed._stop, asyncio.Event()
+
+    async def slow_stop() -> None:
+        stopping.set()
+        await asyncio.Event().wait()
+
+    feed._stop = slow_stop  # type: ignore[method-assign]  # as long as a source's thread takes to end
+    waiting = asyncio.ensure_future(feed.__anext__())
+    await stopping.wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    feed._stop = stop  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="the source broke"):
+        await anext(feed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ import pytest
 import asyncembed.generator
 from asyncembed import EmbeddingGenerator
 from asyncembed.errors import StoreLockedError, StoreMismatchError
-from asyncembed.store import Store, open_embeddings
+from asyncembed.records import text_id
+from asyncembed.store import Store, check, open_embeddings
+from asyncembed.store.files import StorePaths
 from tests.conftest import ROOT
 from tests.fakes import FakeEncoder
 
@@ -147,6 +150,21 @@ def test_generator_on_a_locked_folder_is_refused_before_its_model_is_loaded(
         holder.communicate("")
     assert len(generator(iter(["one", "two"]))) == 2
     assert len(open_embeddings(tmp_path)) == 2
+
+
+def test_rebuild_beside_another_is_refused_and_leaves_it_its_files(tmp_path: Path) -> None:
+    async def fill() -> None:
+        async with opened(tmp_path) as store:
+            await store.commit([record("one", "k1"), record("two", "k2")])
+
+    asyncio.run(fill())
+    (tmp_path / "embeddings_data" / f"{text_id('one')}.json").write_text("{")
+    under_way = check.rebuild(StorePaths.of(tmp_path))
+    assert next(under_way).removable
+    with pytest.raises(StoreLockedError):
+        list(check.rebuild(StorePaths.of(tmp_path)))
+    assert list(under_way) == []
+    assert open_embeddings(tmp_path).by_key("k2").text == "two"
 
 
 def test_program_on_a_locked_folder_ends_before_anything_heavy_is_imported(tmp_path: Path) -> None:

@@ -377,6 +377,7 @@ def test_entries_of_no_more_use_are_removed_when_a_graph_is_added(
     def load(path: Path) -> Any:
         return load_encoder(EmbedOptions(model=str(path), device="cpu", backend="openvino"))
 
+    monkeypatch.setattr(graph_cache, "READING_S", 0.0)
     load(model)
     root = graph_cache.cache_root()
     (old,) = root.iterdir()
@@ -398,9 +399,26 @@ def test_entries_of_no_more_use_are_removed_when_a_graph_is_added(
     assert embed(in_use)[1] == "openvino"
 
 
+def test_conversion_beside_another_of_the_same_model_removes_nothing_that_is_read(model: Path) -> None:
+    """Both looked before either had kept its graph; the files change meanwhile for a third."""
+    load_encoder(EmbedOptions(model=str(model), device="cpu", backend="openvino"))
+    (entry,) = graph_cache.cache_root().iterdir()
+    made_for = json.loads((entry / "meta.json").read_bytes())["made_for"]
+
+    def dies(path: Path) -> Any:
+        assert (entry / "model.xml").exists()
+        raise RuntimeError("killed")
+
+    for key in (entry.name, "0" * 40):
+        with pytest.raises(RuntimeError, match="killed"):
+            graph_cache.keep_graph(key, Path(made_for["folder"]), "{}", dies)
+    assert list(graph_cache.cache_root().iterdir()) == [entry]
+
+
 def test_entry_that_another_process_removes_meanwhile_is_no_reason_not_to_keep_a_graph(
-    model: Path, caplog: pytest.LogCaptureFixture
+    model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(graph_cache, "READING_S", 0.0)
     doomed = graph_cache.cache_root() / "1234"
     doomed.mkdir(parents=True)
     os.mkfifo(doomed / "meta.json")
