@@ -162,9 +162,12 @@ def _keep(key: str, source: Path | None, tokenizer: str, save: Callable[[Path], 
         digests = {name: file_hash(making / name) for name in _FILES}
         meta = {"digests": digests, "facts": asdict(facts), "made_for": made_for}
         (making / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        if (theirs := load_graph(key)) is not None:
-            return theirs
-        making.rename(target)
+        try:
+            making.rename(target)
+        except OSError:
+            if (theirs := load_graph(key)) is not None:
+                return theirs
+            raise
     finally:
         shutil.rmtree(making, ignore_errors=True)
     _prune(target, made_for)

@@ -209,7 +209,7 @@ def _try_openvino(
     dtype: str,
     quantization: Mapping[str, str] | None,
 ) -> tuple[Encoder | None, str | None]:
-    """An encoder, if there is one already, and what stood in the way of OpenVINO: the torch model then."""
+    """The encoder, converted now if it never was; or what stood in the way, with the torch model if it was loaded."""
     from asyncembed.encoders.graph_cache import graph_key
     from asyncembed.encoders.openvino_encoder import check_dtype, convert_and_keep, load_cached
 

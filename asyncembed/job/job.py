@@ -229,9 +229,11 @@ class Job:
             for entry in list(self.in_flight.values()):
                 self.release(entry)
             self.results.close()
-            await self._lookup.aclose()
-            # Last, whatever ended the run: a note of a batch that was left behind would look like a death.
-            await self._model_thread.aclose(self._limits.close if self._limits is not None else None)
+            try:
+                await self._lookup.aclose()
+            finally:
+                # Last, whatever ended the run: a note of a batch that was left behind would look like a death.
+                await self._model_thread.aclose(self._limits.close if self._limits is not None else None)
 
     async def _run_with_store(self) -> None:
         if self._store is None:

@@ -397,7 +397,7 @@ def _translated(path: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise LedgerDamaged("a text in it is none") from error
+        raise LedgerDamaged("it holds bytes that are not UTF-8") from error
     except sqlite3.Error as error:
         told = str(error)
         # 1. damage; tables that another program made are no better   2. what the path says   3. what SQLite says

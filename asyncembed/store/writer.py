@@ -32,6 +32,8 @@ from asyncembed.store.lock import FolderLock, check_ours
 from asyncembed.wording import plural
 
 _log = logging.getLogger("asyncembed")
+_READ_BLOCK = 256  # files read before their rows are written
+_LOST = (errno.ENOENT, errno.EIO)  # this one file cannot be read; writing it anew can help
 
 
 def check_origin(texts: Format, stored: StoredText, header: Header) -> None:
@@ -77,11 +79,6 @@ def check_orphans(texts: Format, root: str, ours: Header) -> None:
             root,
             n_unknown,
         )
-
-
-_log = logging.getLogger("asyncembed")
-_READ_BLOCK = 256  # files read before their rows are written
-_LOST = (errno.ENOENT, errno.EIO)  # this one file cannot be read; writing it anew can help
 
 
 class FolderWriter:
