@@ -262,10 +262,12 @@ class Batch:
     Attributes:
         chunks: The rows.
         is_small: It was cut for less than the limit of the time, and says nothing about that.
+        pads: Rows are padded to the longest; if not, they cost no more than their own tokens.
     """
 
     chunks: tuple[Chunk, ...]
     is_small: bool = False
+    pads: bool = True
 
     @property
     def longest(self) -> int:
@@ -274,8 +276,8 @@ class Batch:
 
     @property
     def padded_tokens(self) -> int:
-        """Rows × longest: what the device computes."""
-        return len(self.chunks) * self.longest
+        """Rows × longest: what the device computes; without padding the tokens of the rows."""
+        return len(self.chunks) * self.longest if self.pads else self.row_tokens
 
     @property
     def row_tokens(self) -> int:
@@ -291,4 +293,4 @@ class Batch:
 
     def part(self, rows: Sequence[int]) -> Batch:
         """Some of the rows, in a batch that is small."""
-        return Batch(tuple(self.chunks[row] for row in rows), is_small=True)
+        return Batch(tuple(self.chunks[row] for row in rows), is_small=True, pads=self.pads)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from asyncembed.encoders import Encoder, FailureKind, FloatMatrix, classify
+from asyncembed.encoders.base import pads_rows
 from asyncembed.engine.admission import AdmissionQueue, life_bytes
 from asyncembed.engine.chunking import Chunker, chunk_backing_off
 from asyncembed.engine.client import is_window_full
@@ -64,7 +65,8 @@ class PipelineSteps:
         self._runner = ModelRunner(encoder, self._memory)
         self._chunker = chunker
         self._client = client
-        self._state = EncoderState(limits.estimator if isinstance(limits, LimitMemory) else limits, max_rows)
+        estimator = limits.estimator if isinstance(limits, LimitMemory) else limits
+        self._state = EncoderState(estimator, max_rows, pads=pads_rows(encoder))
         self._scheduler = Scheduler()
         self._writer = writer
         self._admission = AdmissionQueue(max_bytes)
@@ -114,7 +116,7 @@ class PipelineSteps:
         """Their vectors, shape `(len(chunks), dim)` float32; they are recorded."""
         if not chunks:
             return np.empty((0, self._dim), np.float32)
-        batch = Batch(tuple(chunks))
+        batch = self._batch(chunks)
         outcome = self._run(batch)
         if outcome.vectors is not None:
             # A small batch is no sample of the speed of the size in use.
@@ -145,7 +147,7 @@ class PipelineSteps:
             self._record(chunks, matrix)
         elif any(chunk in self._in_hand for chunk in chunks):
             raise OptionsError("there are no vectors of these chunks yet: call `embed` before, or give them")
-        self._state.estimator.succeed(Batch(tuple(chunks)).padded_tokens, seconds if is_last else None)
+        self._state.estimator.succeed(self._batch(chunks).padded_tokens, seconds if is_last else None)
 
     def fail(self, chunks: Sequence[Chunk], error: BaseException | None = None) -> None:
         """They could not be embedded: they wait to be tried again in halves; one alone fails its text.
@@ -158,9 +160,9 @@ class PipelineSteps:
             kind = FailureKind.OUT_OF_MEMORY
         else:
             kind = FailureKind.FATAL if isinstance(error, ModelError) else classify(error)
-        batch = Batch(tuple(chunks[row] for row in self._take_from_hand(chunks)))
+        batch = self._batch([chunks[row] for row in self._take_from_hand(chunks)])
         if not batch.chunks and kind is FailureKind.OUT_OF_MEMORY:
-            self._state.estimator.fail(Batch(tuple(chunks)).padded_tokens)
+            self._state.estimator.fail(self._batch(chunks).padded_tokens)
         if not batch.chunks:
             return
         self._finish(self._scheduler.failed(self._state, batch, kind, error))
@@ -299,8 +301,11 @@ class PipelineSteps:
     def _record(self, chunks: Sequence[Chunk], vectors: FloatMatrix) -> None:
         """Keeps the vectors of chunks in hand; texts that are complete wait to be saved."""
         if rows := self._take_from_hand(chunks):
-            batch = Batch(tuple(chunks[row] for row in rows))
+            batch = self._batch([chunks[row] for row in rows])
             self._finish(self._scheduler.succeeded(self._state, batch, vectors[rows]))
+
+    def _batch(self, chunks: Sequence[Chunk]) -> Batch:
+        return Batch(tuple(chunks), pads=self._state.pads)
 
     def _take_from_hand(self, chunks: Sequence[Chunk]) -> list[int]:
         """Which of the chunks were handed out and not yet embedded or failed; from here on they are."""

@@ -17,6 +17,7 @@ import numpy as np
 from asyncembed.cli.console import Console, in_words
 from asyncembed.cli.options import Request
 from asyncembed.encoders import Encoder
+from asyncembed.encoders.base import pads_rows
 from asyncembed.engine.chunking import Chunker
 from asyncembed.engine.engine import ModelRunner
 from asyncembed.engine.heap import ChunkHeap
@@ -303,16 +304,17 @@ def _measure(encoder: Encoder, options: EmbedOptions, chunks: Sequence[Chunk]) -
     The first batch only warms the model up, unless it is the only one.
     """
     runner, heap = ModelRunner(encoder), ChunkHeap()
-    limit = options.token_limit or initial_limit(encoder.device, encoder.slots, pads=getattr(encoder, "pads", True))
+    pads = pads_rows(encoder)
+    limit = options.token_limit or initial_limit(encoder.device, encoder.slots, pads=pads)
     heap.push([Work(_CLIENT, "", chunks=tuple(chunks))])
-    warm_up = heap.take(limit, options.batch_size)
+    warm_up = heap.take(limit, options.batch_size, pads=pads)
     outcome = runner.advance(warm_up) or runner.advance(None)
     vector = outcome.vectors[0] if outcome is not None and outcome.vectors is not None else None
     heap.clear()
     heap.push([Work(_CLIENT, "", chunks=tuple(chunks))])
     n_tokens, started, now = 0, time.perf_counter(), time.perf_counter()
     while now - started < MEASURE_S:
-        batch = heap.take(limit, options.batch_size)
+        batch = heap.take(limit, options.batch_size, pads=pads)
         outcome = runner.advance(batch)
         if batch is None and outcome is None:
             break

@@ -86,6 +86,12 @@ def default_chunk_size(encoder: Encoder, max_tokens: int) -> int | None:
     return size if max_tokens >= UNLIMITED_TOKENS else None
 
 
+def pads_rows(encoder: Encoder) -> bool:
+    """Whether a batch costs its padded tokens; False of a model that looks its vectors up."""
+    pads: bool = getattr(encoder, "pads", True)
+    return pads
+
+
 @runtime_checkable
 class Encoder(Protocol):
     """A model: rows of token ids in, vectors out.

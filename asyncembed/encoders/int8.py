@@ -56,7 +56,7 @@ def load_int8(
     calibration = hashlib.sha256("\n".join(texts()).encode()).hexdigest()[:16]
     kept = folder / f"int8-{calibration}.json"
     ours = {"method": _METHOD, "calibration": calibration}
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged
         ours["scales"] = str(json.loads(kept.read_bytes())["scales"])
     for known in (recorded or {}, ours):
         if known.get("method") == _METHOD and "scales" in known:
@@ -73,26 +73,26 @@ def load_int8(
 
 def calibrate(core: Any, graph: Any, tokenizer: Tokenizer, max_tokens: int) -> str:
     """The scales of a graph, packed: for each product's input its lowest and highest value, and a factor a channel."""
-    inputs = list(_products(graph))
-    if not inputs:
+    products = _products(graph)
+    if not products:
         raise ModelError("it has no products of weights that could be computed in int8")
     probe = graph.clone()
     n_own = len(probe.outputs)
     by_name = {node.get_friendly_name(): node for node in probe.get_ordered_ops()}
-    probe.add_outputs([by_name[name].output(number) for name, number in inputs])
+    probe.add_outputs([by_name[name].output(number) for name, number in products])
     compiled = core.compile_model(probe, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    low: list[Any] = [0.0] * len(inputs)
-    high: list[Any] = [0.0] * len(inputs)
+    low: list[Any] = [0.0] * len(products)
+    high: list[Any] = [0.0] * len(products)
     calibrated, _ = _rows(tokenizer, max_tokens)
     for row in calibrated:
         found = compiled(_arrays(row, len(compiled.inputs)))
-        for place in range(len(inputs)):
+        for place in range(len(products)):
             values = found[n_own + place].reshape(-1, found[n_own + place].shape[-1])
             low[place] = np.minimum(low[place], values.min(axis=0))
             high[place] = np.maximum(high[place], values.max(axis=0))
     packed = b"".join(
         _pack(low[place], high[place], [weights for _, weights in members])
-        for place, members in enumerate(_products(graph).values())
+        for place, members in enumerate(products.values())
     )
     return base64.b64encode(zlib.compress(packed, 9)).decode()
 

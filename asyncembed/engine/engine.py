@@ -21,7 +21,7 @@ from weakref import WeakSet
 import anyio
 import numpy as np
 
-from asyncembed.encoders.base import Encoder, FloatMatrix
+from asyncembed.encoders.base import Encoder, FloatMatrix, pads_rows
 from asyncembed.encoders.failures import FailureKind, classify
 from asyncembed.engine.limit_memory import LimitMemory
 from asyncembed.engine.limits import LearntLimit
@@ -165,7 +165,7 @@ class EncoderThread:
         memory: LimitMemory | None = None,
     ) -> None:
         self.encoder = encoder
-        self.state = EncoderState(estimator, max_rows, pads=getattr(encoder, "pads", True))
+        self.state = EncoderState(estimator, max_rows, pads=pads_rows(encoder))
         self.thread = thread
         self.wake = asyncio.Event()
         self._memory = memory

@@ -89,17 +89,27 @@ class Window:
         self.keep(kept)
         return taken
 
-    def oldest(self, n_tokens: int, max_rows: int | None = None) -> tuple[Int64s, int]:
+    def first(self, limit: int, max_rows: int) -> Int64s:
+        """The positions of the rows that came first, as many as the limit's tokens hold; at least one."""
+        by_age = self._by_age()
+        fitting = int(np.searchsorted(np.cumsum(self.lengths[by_age]), limit, side="right"))
+        rows: Int64s = np.sort(by_age[: max(1, min(fitting, max_rows))])
+        return rows
+
+    def oldest(self, n_tokens: int) -> tuple[Int64s, int]:
         """The rows that came first, at least so many tokens of them if there are, in the window's order.
 
         Returns:
-            Their positions, and which of these is the oldest row's. A hastened row is older than all others.
+            Their positions, and which of these is the oldest row's.
         """
-        came = np.where(self.born < 0, self.born, self.tickets)
-        by_age = np.argsort(came, kind="stable")
+        by_age = self._by_age()
         enough = int(np.searchsorted(np.cumsum(self.lengths[by_age]), n_tokens)) + 1
-        rows = np.sort(by_age[: enough if max_rows is None else min(enough, max_rows)])
+        rows = np.sort(by_age[:enough])
         return rows, int(np.searchsorted(rows, by_age[0]))
+
+    def _by_age(self) -> Int64s:
+        """Positions, the oldest row's first. A hastened row is older than all others."""
+        return np.argsort(np.where(self.born < 0, self.born, self.tickets), kind="stable")
 
 
 def best_run(lengths: Int64s, limit: int, max_rows: int, forced: int | None = None) -> tuple[int, int]:
@@ -260,7 +270,7 @@ class ChunkHeap:
             if self._clock - self._interactive_at <= BESIDE:
                 limit = max(1, limit // 2)
             limit = min(limit, share) if share is not None else limit
-            run = slice(*_choose(client, window, limit, rows, forced)) if pads else window.oldest(limit, rows)[0]
+            run = slice(*_choose(client, window, limit, rows, forced)) if pads else window.first(limit, rows)
         longest = int(window.lengths[run][-1])
         taken = window.cut(run)
         n_own = len(taken)
@@ -277,7 +287,7 @@ class ChunkHeap:
         self._clock += 1
         client.served_at = self._clock
         self._drop_empty()
-        return Batch(tuple(map(self._pop, taken)), is_small=limit < full)
+        return Batch(tuple(map(self._pop, taken)), is_small=limit < full, pads=pads)
 
     def hasten(self, work: Work) -> bool:
         """Makes the chunks of a text the oldest of all, so that the next batch takes them. False if none wait."""

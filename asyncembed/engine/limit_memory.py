@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from asyncembed.cache import cache_folder, write_small
-from asyncembed.encoders import Encoder
+from asyncembed.encoders.base import Encoder, pads_rows
 from asyncembed.engine.limits import LearntLimit, estimator_for
 from asyncembed.engine.memory import available_bytes, memory_bound, peak_rss_bytes, rss_bytes
 from asyncembed.errors import KilledBeforeError
@@ -95,8 +95,8 @@ class LimitMemory:
         if self.is_kept:
             self._load()
             self._learn_deaths()
-        how: dict[str, Any] = {"slots": encoder.slots, "pads": getattr(encoder, "pads", True)}
-        self.estimator = estimator_for(encoder.device, token_limit, learnt=self._known.learnt, **how)
+        learnt, slots, pads = self._known.learnt, encoder.slots, pads_rows(encoder)
+        self.estimator = estimator_for(encoder.device, token_limit, learnt=learnt, slots=slots, pads=pads)
         self._shares_memory = encoder.device.split(":")[0] in ("cpu", "mps")
         self._learnt = self.estimator.learnt()
         self._trial: int | None = None

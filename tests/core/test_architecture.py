@@ -213,7 +213,7 @@ def test_exceptions_are_still_needed(module: str, name: str) -> None:
     assert name in calls(ast.parse((PACKAGE / module).read_text()))
 
 
-MOST_LINES, MOST_FILES = 17_145, 80
+MOST_LINES, MOST_FILES = 17_170, 80
 """The package may shrink; whoever makes it grow raises these, and says in the commit who needs what was added."""
 
 

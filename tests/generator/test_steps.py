@@ -233,3 +233,14 @@ def test_error_of_the_iterator_leaves_the_texts_before_it_to_be_embedded(tmp_pat
     with pytest.raises(LookupError, match="gone"):
         generator.fill_texts(failing())
     assert by_steps(generator, iter(()))["kept"] is not None
+
+
+def test_steps_of_a_static_model_take_all_that_waits_as_the_job_does() -> None:
+    class Static(FakeEncoder):
+        pads = False
+
+    generator = EmbeddingGenerator(Static(), save_path=None)
+    texts = [f"text {'word ' * (number % 7)}{number}" for number in range(60)]
+    assert generator.fill_texts(iter(texts)) == 60
+    assert len(generator.find_best_chunks()) == 60
+    generator.close()
